@@ -1,0 +1,23 @@
+# make demo    sets everything up, then runs the sweep of scripts/iris/sweep.toml
+# make test    sets everything up, then runs all tests
+# make lint    sets everything up, then lint, format and types
+# make clean   removes what the other targets made
+
+.PHONY: demo test lint clean
+
+demo:
+	@scripts/setup.sh --model
+	@.venv/bin/bt-ray sweep scripts/iris/sweep.toml --run-dir runs/iris
+
+test:
+	@scripts/setup.sh
+	@.venv/bin/python -m pytest
+
+lint:
+	@scripts/setup.sh
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+
+clean:
+	rm -rf .venv models runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

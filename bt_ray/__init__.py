@@ -1,0 +1,50 @@
+"""bt_ray runs DSPy BetterTogether strategy sweeps on a Ray cluster.
+
+What a user needs is here; everything is imported on first use, so that `import bt_ray` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bt_ray.best import load
+    from bt_ray.config import SweepConfig, load_config
+    from bt_ray.errors import BtRayError
+    from bt_ray.results import Candidate, SweepResult, TrialResult
+    from bt_ray.driver import sweep
+    from bt_ray.task import StepContext, Task
+    from bt_ray.teachers import gold_label_teacher
+
+_HOME = {
+    "BtRayError": "errors",
+    "Candidate": "results",
+    "StepContext": "task",
+    "SweepConfig": "config",
+    "SweepResult": "results",
+    "Task": "task",
+    "TrialResult": "results",
+    "gold_label_teacher": "teachers",
+    "load": "best",
+    "load_config": "config",
+    "sweep": "driver",
+}
+
+__all__ = [
+    "BtRayError",
+    "Candidate",
+    "StepContext",
+    "SweepConfig",
+    "SweepResult",
+    "Task",
+    "TrialResult",
+    "gold_label_teacher",
+    "load",
+    "load_config",
+    "sweep",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'bt_ray' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"bt_ray.{_HOME[name]}"), name)

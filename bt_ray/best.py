@@ -1,0 +1,118 @@
+"""Programs on disk: save a candidate's state, keep the best of a sweep, load it again to answer.
+
+A program is kept as DSPy's JSON state without LMs; beside it stands which weights each predictor uses. No pickle.
+"""
+
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import dspy
+
+from bt_ray.config import SweepConfig, make_config
+from bt_ray.errors import BtRayError, ConfigError
+from bt_ray.hosting import FailureLatch
+from bt_ray.lm import ServedEngine, ServedLM, served_lm
+from bt_ray.local_models import LocalModels
+from bt_ray.results import Candidate, write_json
+from bt_ray.task import load_task
+from bt_ray.weights import Weights
+
+PROGRAM, MANIFEST = "program.json", "manifest.json"
+VERSIONED = ("bt-ray", "dspy", "ray")
+
+
+def save_program(program: dspy.Module, path: Path) -> None:
+    """Write DSPy's JSON state of `program`, with no LM in it."""
+    copied = program.deepcopy()
+    for predictor in copied.predictors():
+        predictor.lm = None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".part-{path.name}")
+    copied.save(str(part))
+    part.rename(path)
+
+
+def load_state(program: dspy.Module, path: Path) -> None:
+    """Give `program` the state that `save_program` wrote. Its predictors keep the LMs that they have."""
+    lms = [predictor.lm for predictor in program.predictors()]
+    program.load(str(path))
+    for predictor, lm in zip(program.predictors(), lms, strict=True):
+        predictor.lm = lm
+
+
+def served_weights(program: dspy.Module) -> dict[str, str]:
+    """The id of the weights that each predictor with a served LM uses, by the predictor's name."""
+    named = program.named_predictors()
+    return {name: predictor.lm.weights_id for name, predictor in named if isinstance(predictor.lm, ServedLM)}
+
+
+def keep_best(best: Candidate, run_dir: Path, base: Weights, config: SweepConfig, task: str) -> None:
+    """Write `run_dir/best`: the program, a reference to its weights, and a manifest, written last."""
+    folder, part = run_dir / "best", run_dir / ".best.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    shutil.copyfile(run_dir / best.program, part / PROGRAM)
+    fine_tuned = {i: f"../weights/{i}" for i in set(best.weights.values()) if i != base.id}
+    manifest = {
+        "task": task,
+        "strategy": best.strategy,
+        "prefix": best.prefix,
+        "score": best.score,
+        "predictors": best.weights,
+        "weights": {base.id: base.path, **fine_tuned},
+        "config": config.model_dump(mode="json"),
+        "versions": {name: version(name) for name in VERSIONED},
+    }
+    write_json(part / MANIFEST, manifest)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+
+
+def load(folder: str | Path) -> dspy.Module:
+    """The best program of a sweep, ready to answer.
+
+    Its model server starts on this machine with the first request, and ends with this process, or with
+    `program.predictors()[0].lm.kill()`.
+
+    Args:
+        folder: A sweep's `best` folder.
+
+    Raises:
+        BtRayError: The folder holds no finished program, or what it refers to is gone.
+    """
+    folder = Path(folder).resolve()
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} holds no {MANIFEST}: it is no finished `best` folder of a sweep.") from None
+    config = make_config(manifest["config"], source=str(folder / MANIFEST))
+    program = load_task(manifest["task"]).program
+    weights = {i: Weights(i, _locate(folder, path)) for i, path in manifest["weights"].items()}
+    models = LocalModels(weights, config.server, folder.parent / "logs")
+    lms = local_lms(models, weights, config)
+    for name, predictor in program.named_predictors():
+        if name in manifest["predictors"]:
+            predictor.lm = lms[manifest["predictors"][name]]
+    load_state(program, folder / PROGRAM)
+    return program
+
+
+def local_lms(models: LocalModels, weights: dict[str, Weights], config: SweepConfig) -> dict[str, ServedLM]:
+    engine = ServedEngine(
+        models,
+        FailureLatch(),
+        retries=config.trial.request_retries,
+        timeout_s=config.server.request_timeout_s,
+        max_connections=max(100, config.num_threads),
+    )
+    return {weights_id: served_lm(version_, engine, config.lm) for weights_id, version_ in weights.items()}
+
+
+def _locate(folder: Path, path: str) -> str:
+    """Weights of the sweep are kept relative to `best`, so that a run directory can move."""
+    located = (folder / path).resolve() if path.startswith("..") else Path(path)
+    if located.is_absolute() and not located.exists():
+        raise BtRayError(f"The weights {located} that {folder} refers to are gone.")
+    return str(located)

@@ -1,0 +1,172 @@
+"""The commands: `bt-ray check` and `bt-ray sweep`."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from bt_ray.config import SweepConfig, load_config
+from bt_ray.errors import BtRayError, ConfigError, InfrastructureError, ResourcesError, TaskError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help=(
+        "Run DSPy BetterTogether strategy sweeps on a Ray cluster: which sequence of prompt optimization and weight "
+        "optimization gives the best program?"
+    ),
+)
+
+TomlArgument = Annotated[Path, typer.Argument(metavar="SWEEP.TOML", help="The sweep's settings.", show_default=False)]
+StrategyOption = Annotated[
+    list[str] | None,
+    typer.Option("--strategy", help='A strategy, "p -> w"; give it again for more. Replaces those of the file.'),
+]
+RunDirOption = Annotated[
+    Path | None,
+    typer.Option("--run-dir", help="Where everything is kept. On a cluster: a path that all nodes share."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace any setting: --set server.max_model_len=2048."),
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option("--address", help='The Ray cluster: "auto" or its address. Default: one of its own, on this machine.'),
+]
+
+EXIT_WRONG_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
+
+
+@app.command()
+def check(
+    file: TomlArgument,
+    strategy: StrategyOption = None,
+    run_dir: RunDirOption = None,
+    assignments: SetOption = None,
+    address: AddressOption = None,
+) -> None:
+    """Check a sweep in a few seconds, without starting a server: settings, task, strategies, model, run directory.
+
+    With --address the cluster's nodes are looked at too. Exit code 2 says that something is wrong.
+
+    Example: bt-ray check my/sweep.toml --set model=./models/my-model
+    """
+    console = Console()
+    with _told_errors():
+        config = _load(file, strategy, run_dir, assignments)
+        from bt_ray.preflight import check_sweep
+        from bt_ray.driver import run_directory
+
+        checked = check_sweep(config, run_directory(config))
+        train, val, test = checked.examples
+        console.print(f"task       {config.task}", highlight=False, soft_wrap=True)
+        console.print(f"model      {checked.base.id} ({checked.base.path})", highlight=False, soft_wrap=True)
+        console.print(f"examples   {train} to train, {val} to validate, {test} to test")
+        console.print("optimizers " + ", ".join(f"{key} = {name}" for key, name in checked.optimizers.items()))
+        console.print("strategies " + ", ".join(f'"{name}"' for name in config.strategies), markup=False)
+        for warning in _resource_warnings(config, address):
+            console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+        if checked.models_at_once > 1 and config.server.count // config.concurrent_trials < checked.models_at_once:
+            console.print(
+                f"warning: the program asks {checked.models_at_once} models, and a trial has "
+                f"{config.server.count // config.concurrent_trials} server: it is relaunched at each change of model.",
+                style="yellow",
+            )
+        console.print("All good.", style="green")
+
+
+@app.command()
+def sweep(
+    file: TomlArgument,
+    strategy: StrategyOption = None,
+    run_dir: RunDirOption = None,
+    assignments: SetOption = None,
+    address: AddressOption = None,
+) -> None:
+    """Run all strategies of a sweep, rank their programs, and keep the best.
+
+    Every step's program and score go to the run directory; at its end stand result.json and best/.
+
+    Example: bt-ray sweep my/sweep.toml --strategy "p -> w" --strategy "w -> p" --run-dir runs/today
+
+    On a cluster: ray job submit --working-dir . -- bt-ray sweep my/sweep.toml --run-dir /shared/runs/today
+    """
+    console = Console()
+    with _told_errors():
+        config = _load(file, strategy, run_dir, assignments)
+        from bt_ray.report.progress import Progress
+        from bt_ray.report.table import result_table
+        from bt_ray.driver import run_sweep
+
+        with Progress(console, config.strategies) as progress:
+            result = run_sweep(config, address=address, listener=progress)
+        console.print(result_table(result))
+    if all(trial.error for trial in result.trials):
+        raise typer.Exit(EXIT_FAILED)
+
+
+def main() -> None:
+    """The `bt-ray` command."""
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # LiteLLM fetches a price list otherwise
+    app()
+
+
+def _load(file: Path, strategy: list[str] | None, run_dir: Path | None, assignments: list[str] | None) -> SweepConfig:
+    from bt_ray.preflight import inside_job
+
+    overrides = {"strategies": strategy or None, "run_dir": None if run_dir is None else str(run_dir)}
+    return load_config(file, overrides, assignments or (), refuse_relative=inside_job())
+
+
+def _resource_warnings(config: SweepConfig, address: str | None) -> list[str]:
+    """What the cluster at `address` lacks (raises), or, without one, what this machine lacks."""
+    from bt_ray.preflight import check_resources
+
+    if address is None:
+        here = {"CPU": float(os.cpu_count() or 1)}
+        try:
+            if config.server.gpus:
+                return ["No --address: whether the cluster has the GPUs is not checked."]
+            check_resources(config, [here], grows=False)
+        except ResourcesError as error:
+            return [f"On this machine alone: {error}"]
+        return []
+    import ray
+
+    from bt_ray.driver import cluster_grows, connected
+
+    with connected(address, lambda event: None):
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return check_resources(config, nodes, grows=cluster_grows())
+
+
+@contextmanager
+def _told_errors() -> Iterator[None]:
+    """Say what went wrong in one message, with the exit code that belongs to it."""
+    try:
+        yield
+    except (ConfigError, TaskError, ResourcesError) as error:
+        _fail(str(error), EXIT_WRONG_INPUT)
+    except InfrastructureError as error:
+        _fail(str(error), EXIT_FAILED)
+    except BtRayError as error:
+        _fail(str(error), EXIT_FAILED)
+    except KeyboardInterrupt:
+        _fail("Interrupted. The servers and trials are stopped; what finished is in the run directory.", EXIT_INTERRUPTED)
+
+
+def _fail(message: str, code: int) -> None:
+    logging.shutdown()
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""The settings of a sweep: TOML in, frozen values out.
+
+A person writes `sweep.toml`; `load_config` reads it, applies `--set key=value` overrides, and gives a `SweepConfig`; the
+resolved copy is kept as JSON in the run directory. Unknown keys are refused with the nearest right one. This module knows
+no engine: what vLLM accepts is a list of names that ships with the package.
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from bt_ray.errors import ConfigError, nearest
+
+
+class Section(BaseModel):
+    """A table of the TOML: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LMConfig(Section):
+    """`[lm]`: how the student's LM samples, for every request that does not say otherwise."""
+
+    temperature: float = Field(0.0, ge=0)
+    max_tokens: int = Field(1024, ge=1)
+
+
+class ServerConfig(BaseModel):
+    """`[server]`: the slots that model servers run in, and vLLM's own options.
+
+    Every key that is not listed here is an option of `vllm serve`, with underscores: `max_model_len = 4096`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    count: int = Field(1, ge=1)
+    """Model servers (slots) of the sweep."""
+    gpus: float = Field(0, ge=0)
+    """GPUs of each slot: 0 for CPU, a fraction to share one (such a slot cannot train), else the tensor parallel size."""
+    cpus: float = Field(1, gt=0)
+    """CPU cores that Ray reserves for each slot."""
+    threads: int | None = Field(None, ge=1)
+    """Compute threads of vLLM and of training on CPU. Default: `cpus`, at least 1."""
+    start_timeout_s: float = Field(900, gt=0)
+    """Seconds that a server may take until it is healthy."""
+    request_timeout_s: float = Field(600, gt=0)
+    """Seconds that one request may take."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment variables for vLLM and for training."""
+    command: tuple[str, ...] | None = None
+    """Another program in place of vLLM, with the same arguments and environment as `bt_ray.serving.vllm_main`."""
+
+    @field_validator("command", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError(f"gpus = {self.gpus}: above 1, a slot takes whole GPUs")
+        known = vllm_options()
+        for key in self.engine_options:
+            if key in ENGINE_OPTIONS_OF_BT_RAY:
+                raise ValueError(f"{key} is set by bt_ray itself: {ENGINE_OPTIONS_OF_BT_RAY[key]}")
+            if key not in known:
+                own = list(type(self).model_fields)
+                raise ValueError(f"unknown key {key!r}.{nearest(key, own + sorted(known))}")
+        return self
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """The options of vLLM itself, as written."""
+        return dict(self.__pydantic_extra__ or {})
+
+    @property
+    def compute_threads(self) -> int:
+        return self.threads or max(1, int(self.cpus))
+
+
+ENGINE_OPTIONS_OF_BT_RAY = {
+    "model": "write `model` at the top level",
+    "host": "a server listens where its trials reach it",
+    "port": "a free port is bound",
+    "uds": "a free port is bound",
+    "api_key": "a token is made for each sweep",
+    "served_model_name": "requests name the weights that they are for",
+    "middleware": "the guard stands in front of all routes",
+    "tensor_parallel_size": "it follows `server.gpus`",
+    "config": "write vLLM's options into `[server]`",
+}
+
+
+@cache
+def vllm_options() -> frozenset[str]:
+    """The options of vLLM 0.32's server, with underscores. `scripts/list_vllm_options.py` writes the file."""
+    return frozenset(resources.files("bt_ray").joinpath("serving/vllm_options.txt").read_text().split())
+
+
+class TrainConfig(Section):
+    """`[train]`: how a weight optimizer fine-tunes. `BootstrapFinetune(train_kwargs=...)` overrides any of these."""
+
+    method: Literal["lora", "full"] = "lora"
+    epochs: float = Field(3, gt=0)
+    learning_rate: float = Field(2e-4, gt=0)
+    batch_size: int = Field(4, ge=1)
+    """Conversations in one optimizer step, over all GPUs of the slot."""
+    max_length: int = Field(4096, ge=8)
+    """Tokens; what is longer is cut at the end."""
+    lora_rank: int = Field(16, ge=1)
+    lora_alpha: int | None = Field(None, ge=1)
+    """Default: twice the rank."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    scheduler: str = "linear"
+    gradient_checkpointing: bool = False
+    timeout_s: float | None = Field(None, gt=0)
+    """Seconds after which a training is ended as failed. Default: none."""
+    command: tuple[str, ...] | None = None
+    """Another program in place of the trainer, with the same argument as `bt_ray.training.main`."""
+
+    @field_validator("command", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class TrialConfig(Section):
+    """`[trial]`: the Ray Tune trials, which wait for servers most of the time."""
+
+    cpus: float = Field(0.1, gt=0)
+    max_concurrent: int | None = Field(None, ge=1)
+    """Trials at a time. Default, and most: one for each model server."""
+    max_failures: int = Field(1, ge=0)
+    """How often a trial that lost its infrastructure is run again."""
+    request_retries: int = Field(3, ge=0)
+    """How often one request is repeated after its server was lost and is back."""
+
+
+class SweepConfig(Section):
+    """All settings of a sweep. Top-level keys are those of the TOML's root, tables are its sections."""
+
+    task: str
+    """`"module:function"` or `"path/to/file.py:function"`: what builds the `bt_ray.Task`."""
+    model: str
+    """The student's model: a folder, or a model id of the Hugging Face hub."""
+    strategies: tuple[str, ...] = Field(min_length=1)
+    run_dir: str | None = None
+    seed: int = 0
+    num_threads: int = Field(16, ge=1)
+    """Threads of one evaluation, and DSPy's default for optimizers: requests in flight."""
+    max_errors: int | None = Field(None, ge=1)
+    """Failed examples that end an evaluation. Default: DSPy's, 10."""
+    valset_ratio: float = Field(0.1, ge=0, lt=1)
+    """Share of the trainset held out for validation when the task has no valset. 0: no validation."""
+    shuffle_trainset_between_steps: bool = True
+    provide_traceback: bool | None = None
+    lm: LMConfig = LMConfig()
+    server: ServerConfig = ServerConfig()
+    train: TrainConfig = TrainConfig()
+    trial: TrialConfig = TrialConfig()
+
+    @field_validator("strategies", mode="before")
+    @classmethod
+    def _strategies(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @property
+    def concurrent_trials(self) -> int:
+        """Trials at a time: a trial holds one server while it lives, so never more than servers."""
+        limit = self.trial.max_concurrent or self.server.count
+        return min(limit, self.server.count, len(self.strategies))
+
+
+def load_config(
+    path: Path,
+    overrides: Mapping[str, Any] | None = None,
+    assignments: Sequence[str] = (),
+    *,
+    refuse_relative: bool = False,
+) -> SweepConfig:
+    """Read a sweep's TOML.
+
+    Relative paths in the file (`task`, `model`, `run_dir`) are relative to the file; those in `overrides` and
+    `assignments` to the current directory.
+
+    Args:
+        path: The TOML file.
+        overrides: Top-level keys that replace the file's, None meaning "not given".
+        assignments: `key=value` or `section.key=value`; the value is read as TOML, or else taken as a string.
+        refuse_relative: Whether a relative `model` or `run_dir` is an error, as inside a Ray job.
+
+    Raises:
+        ConfigError: The file is missing or no TOML, or a key or value is wrong.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}.") from None
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    for assignment in assignments:
+        _assign(given, assignment)
+    from_file = {key: value for key, value in values.items() if key not in given or isinstance(value, dict)}
+    for part, base in ((from_file, path.parent), (given, Path.cwd())):
+        if refuse_relative:
+            _refuse_relative_paths(part, base)
+        _resolve_paths(part, base)
+    return make_config(_merged(from_file, given), source=str(path))
+
+
+def make_config(values: Mapping[str, Any], source: str = "config") -> SweepConfig:
+    """Check `values` and make the settings of them.
+
+    Raises:
+        ConfigError: The first thing that is wrong, with where it stands and, for a key, the nearest right one.
+    """
+    try:
+        return SweepConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_first_problem(error)}") from None
+
+
+def override_train(train: TrainConfig, overrides: Mapping[str, Any] | None) -> TrainConfig:
+    """`[train]` with the `train_kwargs` that an optimizer gave.
+
+    Raises:
+        ConfigError: A key or value that `[train]` does not have.
+    """
+    try:
+        return TrainConfig.model_validate({**train.model_dump(), **(overrides or {})})
+    except ValidationError as error:
+        raise ConfigError(f"train_kwargs: {_first_problem(error, TrainConfig)}") from None
+
+
+def _resolve_paths(values: dict[str, Any], base: Path) -> None:
+    """Make the relative paths in `values` absolute: what they mean depends on where they were written."""
+    base = base.resolve()
+    task = values.get("task")
+    if isinstance(task, str) and task.rpartition(":")[0].endswith(".py"):
+        values["task"] = str(base / task)
+    if isinstance(model := values.get("model"), str) and looks_like_path(model, base):
+        values["model"] = str((base / Path(model).expanduser()).resolve())
+    run_dir = values.get("run_dir")
+    if isinstance(run_dir, str) and "://" not in run_dir:
+        values["run_dir"] = str((base / Path(run_dir).expanduser()).resolve())
+
+
+def _refuse_relative_paths(values: Mapping[str, Any], base: Path) -> None:
+    for key in ("model", "run_dir"):
+        value = values.get(key)
+        if not isinstance(value, str) or "://" in value or Path(value).expanduser().is_absolute():
+            continue
+        if key == "run_dir" or looks_like_path(value, base):
+            raise ConfigError(
+                f"{key}: {value} is relative. A job's working directory is a copy that goes away with the job: give an "
+                f"absolute path that all nodes share ({'--run-dir' if key == 'run_dir' else '--set model='}...)."
+            )
+
+
+def looks_like_path(model: str, base: Path) -> bool:
+    """Whether `model` names a folder rather than a model of the hub (`name` or `organization/name`)."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1 or (base / model).exists()
+
+
+def _assign(values: dict[str, Any], assignment: str) -> None:
+    key, separator, text = assignment.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {assignment}: write it as key=value, for example server.max_model_len=2048.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *sections, name = key.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {assignment}: {section!r} is a value, not a section.")
+    values[name] = value
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _first_problem(error: ValidationError, root: type[BaseModel] = SweepConfig) -> str:
+    problem = error.errors(include_url=False)[0]
+    *sections, key = [str(part) for part in problem["loc"]] or [""]
+    where = ".".join([*sections, key])
+    if problem["type"] == "extra_forbidden":
+        known = _keys(root, sections)
+        return f"unknown key {where!r}.{nearest(key, known)} Known keys: {', '.join(known)}."
+    if problem["type"] == "missing":
+        return f"{where!r} is missing."
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem["input"]
+    shown = "" if isinstance(given, dict | BaseModel) else f" (it is {given!r})"
+    return f"{where}: {message}{shown}."
+
+
+def _keys(root: type[BaseModel], sections: list[str]) -> list[str]:
+    for section in sections:
+        annotation = root.model_fields[section].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
+        root = annotation
+    return list(root.model_fields)

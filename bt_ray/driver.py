@@ -1,0 +1,328 @@
+"""The driver of a sweep: check, place the servers, let Ray Tune run the trials, rank, keep the best, test it."""
+
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bt_ray.config import SweepConfig, make_config
+from bt_ray.errors import BtRayError, ConfigError, InfrastructureError, ResourcesError
+from bt_ray.events import Event, ServerChanged, Stage, StepFinished, TrialEnded, TrialStarted
+from bt_ray.results import SweepResult, TrialResult, write_json
+from bt_ray.run_directory import RESULT, prepare_run_directory
+
+Listener = Callable[[Event], None]
+
+DRIVER_ENVIRONMENT = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a task's relative paths mean the same in every process
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # they cost 3 s for files that nobody reads
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the sweep at once, and this module cleans up
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+def sweep(
+    task: str,
+    config: SweepConfig | Mapping[str, Any],
+    *,
+    run_dir: str | Path | None = None,
+    address: str | None = None,
+    listener: Listener | None = None,
+) -> SweepResult:
+    """Run every strategy of `config` on `task`, and return the ranked result.
+
+    Args:
+        task: `"module:function"` or `"path/to/file.py:function"`; replaces `config`'s.
+        config: The settings, or their values as in `sweep.toml`.
+        run_dir: Where everything is kept; replaces `config`'s. Default: a new folder below `runs/`.
+        address: The Ray cluster; default: the one that `RAY_ADDRESS` or the job names, else one of its own.
+        listener: Told what happens, from several threads.
+
+    Raises:
+        BtRayError: The sweep cannot start, or the servers cannot be had. A strategy that fails does not raise: it is a
+            row of the result with its error.
+    """
+    values = config.model_dump() if isinstance(config, SweepConfig) else dict(config)
+    values |= {"task": task} | ({"run_dir": str(run_dir)} if run_dir is not None else {})
+    return run_sweep(make_config(values), address=address, listener=listener)
+
+
+def run_sweep(config: SweepConfig, *, address: str | None = None, listener: Listener | None = None) -> SweepResult:
+    """`sweep` with everything in `config`."""
+    from bt_ray.preflight import check_sweep
+
+    tell = listener or (lambda event: None)
+    started = time.time()
+    tell(Stage("Checking the task"))
+    run_dir = run_directory(config)
+    config = config.model_copy(update={"run_dir": str(run_dir)})
+    checked = check_sweep(config, run_dir)
+    with connected(address, tell), placed_servers(config, run_dir, tell) as (pool, servers):
+        from bt_ray.best import keep_best
+        from bt_ray.trial import TrialSetup
+
+        prepare_run_directory(run_dir, config, checked.base)
+        setup = TrialSetup(config, portable_task(config.task), run_dir, checked.base, pool, servers)
+        with _watched(pool, servers, tell):
+            trials = _run_trials(setup, tell)
+            result = SweepResult(str(run_dir), trials, time.time() - started)
+            if result.best is not None:
+                keep_best(result.best, run_dir, checked.base, config, config.task)
+                if checked.task.testset:
+                    result = _tested(result, setup, tell)
+            result = replace(result, seconds=time.time() - started)
+            write_json(run_dir / RESULT, result.to_json())
+    return result
+
+
+def run_directory(config: SweepConfig) -> Path:
+    """The run directory of `config`, absolute.
+
+    Raises:
+        ConfigError: It is relative inside a Ray job, whose working directory goes away with the job.
+    """
+    from bt_ray.preflight import inside_job
+
+    name = Path(config.task.rpartition(":")[0]).stem
+    given = Path(config.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
+    if inside_job() and not given.is_absolute():
+        raise ConfigError(
+            f"run_dir: {given} is relative. A job's working directory is a copy that goes away with the job: give an "
+            "absolute path that all nodes share, with --run-dir."
+        )
+    return given.resolve()
+
+
+def portable_task(task: str) -> str:
+    """The task's spec as a worker resolves it: inside a job relative to the working directory, which each node has."""
+    from bt_ray.preflight import inside_job
+
+    where, _, function = task.rpartition(":")
+    path = Path(where)
+    if inside_job() and path.is_absolute() and path.is_relative_to(Path.cwd()):
+        return f"{path.relative_to(Path.cwd())}:{function}"
+    return task
+
+
+@contextmanager
+def connected(address: str | None, tell: Listener) -> Iterator[None]:
+    """A connection to the cluster at `address`, to the job's, or to a Ray of this sweep's own on this machine."""
+    from bt_ray.preflight import inside_job
+
+    os.environ.update(DRIVER_ENVIRONMENT)
+    own = address is None and not inside_job() and "RAY_ADDRESS" not in os.environ
+    if own:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # listen on 127.0.0.1 only
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    tell(Stage("Starting Ray on this machine" if own else f"Connecting to the Ray cluster {address or ''}".strip()))
+    try:
+        ray.init(
+            address="local" if own else (address or "auto"),
+            include_dashboard=False if own else None,
+            log_to_driver=False,
+            logging_level="error",
+            configure_logging=False,
+        )
+    except ConnectionError as error:
+        raise ResourcesError(f"No Ray cluster at {address or 'auto'}: {error}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def placed_servers(config: SweepConfig, run_dir: Path, tell: Listener) -> Iterator[tuple[Any, Sequence[Any]]]:
+    """The sweep's model servers and their pool, all placed before the first trial wants one.
+
+    Raises:
+        ResourcesError: The cluster can never hold them.
+    """
+    import ray
+
+    from bt_ray.actors.model_server import ModelServer
+    from bt_ray.actors.server_pool import ServerPool
+    from bt_ray.preflight import check_resources
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for warning in check_resources(config, nodes, grows=cluster_grows()):
+        tell(Stage(warning))
+    token, slot = secrets.token_urlsafe(32), config.server
+    tell(Stage(f"Placing {slot.count} model server{'s' if slot.count > 1 else ''}"))
+    servers = [
+        ModelServer.options(num_cpus=slot.cpus, num_gpus=slot.gpus).remote(  # type: ignore[attr-defined]
+            f"server-{index}", slot, token, len(nodes) > 1, str(run_dir / "logs")
+        )
+        for index in range(slot.count)
+    ]
+    try:
+        _await_placement(servers, tell)
+        pool = ServerPool.remote(servers)  # type: ignore[attr-defined]
+        yield pool, servers
+    finally:
+        _stop(servers)
+
+
+def _await_placement(servers: Sequence[Any], tell: Listener) -> None:
+    import ray
+
+    waiting = [server.__ray_ready__.remote() for server in servers]
+    while waiting:
+        ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=15)
+        ray.get(ready)
+        if waiting:
+            free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
+            tell(Stage(f"Waiting for room for {len(waiting)} of {len(servers)} servers; free now: {free}"))
+
+
+def _stop(servers: Sequence[Any]) -> None:
+    """End the servers' processes and actors. The processes would end with the actors anyway."""
+    import ray
+
+    try:
+        ray.wait([server.stop.remote() for server in servers], num_returns=len(servers), timeout=15)
+        for server in servers:
+            ray.kill(server)
+    except Exception:  # the connection may be gone already, and with it the actors
+        return
+
+
+def cluster_grows() -> bool:
+    """Whether an autoscaler adds nodes to this cluster."""
+    from ray.autoscaler._private.constants import AUTOSCALER_UPDATE_INTERVAL_S  # noqa: F401
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    status = _internal_kv_get(b"__autoscaling_config")
+    return bool(status)
+
+
+def _run_trials(setup: Any, tell: Listener) -> tuple[TrialResult, ...]:
+    """One Ray Tune trial for each strategy; what they found, in the order of the strategies."""
+    from ray import tune
+    from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
+
+    from bt_ray.trial import run_trial
+
+    config: SweepConfig = setup.config
+    tell(Stage(f"Running {len(config.strategies)} strategies"))
+    trainable = tune.with_resources(tune.with_parameters(run_trial, setup=setup), {"CPU": config.trial.cpus})
+    tuner = Tuner(
+        trainable,
+        param_space={"strategy": tune.grid_search(list(config.strategies))},
+        tune_config=TuneConfig(max_concurrent_trials=config.concurrent_trials, reuse_actors=False),
+        run_config=RunConfig(
+            name="tune",
+            storage_path=str(setup.run_dir),
+            verbose=0,
+            failure_config=FailureConfig(max_failures=config.trial.max_failures),
+            callbacks=[_tune_callback(tell)],
+        ),
+    )
+    errors = {}
+    for outcome in tuner.fit():
+        if outcome.error is not None and outcome.config is not None:
+            errors[outcome.config["strategy"]] = outcome.error
+    trials = tuple(_read_trial(setup, strategy, errors.get(strategy)) for strategy in config.strategies)
+    for trial in trials:
+        tell(TrialEnded(trial.strategy, trial.error))
+    return trials
+
+
+def _read_trial(setup: Any, strategy: str, error: Exception | None) -> TrialResult:
+    from bt_ray.trial import TRIAL_FILE
+
+    try:
+        trial = TrialResult.from_json(json.loads((setup.trial_dir(strategy) / TRIAL_FILE).read_text()))
+    except FileNotFoundError:
+        trial = TrialResult(strategy)
+    if error is None:
+        return trial
+    told = str(error).strip().splitlines()
+    return replace(trial, error=told[-1] if told else repr(error), traceback=str(error))
+
+
+def _tested(result: SweepResult, setup: Any, tell: Listener) -> SweepResult:
+    import ray
+
+    from bt_ray.trial import evaluate_on_testset
+
+    tell(Stage("Scoring the best program on the testset"))
+    options = {"num_cpus": setup.config.trial.cpus, "max_retries": setup.config.trial.max_failures}
+    try:
+        score, example_scores = ray.get(evaluate_on_testset.options(**options).remote(setup, result.best))
+    except ray.exceptions.RayError as error:
+        if isinstance(cause := getattr(error, "cause", None), BtRayError):
+            raise cause from error
+        raise InfrastructureError(f"The test of the best program was lost: {error}") from error
+    return replace(result, test_score=score, test_example_scores=tuple(example_scores))
+
+
+def _tune_callback(tell: Listener) -> Any:
+    from ray.tune import Callback
+
+    class Told(Callback):  # type: ignore[misc]
+        """Passes on what Ray Tune's trials report."""
+
+        def __reduce__(self) -> tuple[type, tuple[()]]:
+            return Callback, ()  # Ray Tune keeps a copy of its callbacks on disk, which nobody reads
+
+        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            tell(TrialStarted(trial.config["strategy"]))
+
+        def on_trial_result(
+            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+        ) -> None:
+            tell(
+                StepFinished(
+                    trial.config["strategy"],
+                    result["prefix"],
+                    result["score"],
+                    result["best_score"],
+                    result["seconds"],
+                )
+            )
+
+    return Told()
+
+
+@contextmanager
+def _watched(pool: Any, servers: Sequence[Any], tell: Listener) -> Iterator[None]:
+    """Tell what the servers do, once a second where it changed."""
+    import ray
+
+    ended = threading.Event()
+
+    def watch() -> None:
+        told: dict[int, ServerChanged] = {}
+        while not ended.wait(1.0):
+            try:
+                holders = ray.get(pool.status.remote(), timeout=10)
+                statuses = ray.get([server.status.remote() for server in servers], timeout=10)
+            except ray.exceptions.RayError:
+                continue  # a server is being restarted; the next look tells
+            except Exception:
+                return  # the connection is closed
+            for index, (holder, status) in enumerate(zip(holders, statuses, strict=True)):
+                seen = ServerChanged(index, status.state, status.weights_id, holder, status.detail)
+                if told.get(index) != seen:
+                    told[index] = seen
+                    tell(seen)
+
+    thread = threading.Thread(target=watch, name="watch-servers", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=15)

@@ -1,0 +1,53 @@
+"""The exceptions of bt_ray, and whose failure each one is.
+
+A failure is the infrastructure's (a server or node was lost, a deadline passed), the user's (the metric raises, the
+configuration is wrong) or the model's (an answer that does not parse; DSPy scores that example 0). Only this module
+decides which. It imports nothing.
+"""
+
+
+class BtRayError(Exception):
+    """Any error that bt_ray raises on purpose. The message says what was wrong, where, and what to do."""
+
+
+class ConfigError(BtRayError):
+    """The sweep's configuration is wrong. Raised before anything expensive starts."""
+
+
+class TaskError(BtRayError):
+    """The user's task (program, data, metric, optimizers, teacher) is wrong or failed."""
+
+
+class ResourcesError(BtRayError):
+    """The cluster can never give what the sweep asks for."""
+
+
+class InfrastructureError(BtRayError):
+    """Something that the user's program does not answer for was lost: a server, a node, a deadline, the storage.
+
+    Retried by whoever can; never turned into a score.
+    """
+
+
+class ServerError(InfrastructureError):
+    """A model server did not start, died, or does not answer. The message ends with the server's last log lines."""
+
+
+class TrainingError(InfrastructureError):
+    """A training process died. The message ends with its last log lines."""
+
+
+class InfrastructureFailure(BaseException):
+    """An `InfrastructureError` that outlasted its retries, on its way through DSPy.
+
+    DSPy swallows `Exception` in evaluation, in bootstrapping and around each step, which would turn a lost server into a
+    score of 0. This is a `BaseException` so that it arrives where it is handled: at the end of the trial.
+    """
+
+
+def nearest(word: str, known: "list[str]") -> str:
+    """`" Did you mean 'x'?"` for the known word that is spelled most like `word`, or `""`."""
+    import difflib
+
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" Did you mean {match[0]!r}?" if match else ""

@@ -1,0 +1,62 @@
+"""What the DSPy side asks of whoever hosts models: the one protocol between `lm` and the slots.
+
+The pool of a sweep implements it over Ray (`bt_ray.actors.leased_models`); `bt_ray.load` over one local process
+(`bt_ray.local_models`).
+"""
+
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from bt_ray.errors import InfrastructureFailure
+from bt_ray.serving.server import Endpoint
+from bt_ray.weights import Weights
+
+Conversation = dict[str, Any]
+"""`{"messages": [{"role": ..., "content": ...}, ...]}`; the last message is what to learn."""
+
+
+class Models(Protocol):
+    """Hosts versions of models, each served on demand."""
+
+    def request(self, weights_id: str) -> AbstractContextManager[Endpoint]:
+        """The endpoint for one request: those weights are served, and not replaced while the request is under way.
+
+        Raises:
+            InfrastructureError: They could not be served.
+        """
+
+    def lost(self, endpoint: Endpoint) -> None:
+        """Told that a request to `endpoint` failed in a way that speaks of the server; the next request checks it."""
+
+    def finetune(self, weights_id: str, conversations: Sequence[Conversation], train_kwargs: dict[str, Any]) -> Weights:
+        """Train new weights from `weights_id`.
+
+        Raises:
+            InfrastructureError: The training was lost.
+        """
+
+    def kill(self, weights_id: str) -> None:
+        """The weights are not needed for now; requests may still come."""
+
+
+class FailureLatch:
+    """Remembers that infrastructure was lost for good, since DSPy forgets exceptions. One for each trial."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._failure: InfrastructureFailure | None = None
+
+    def trip(self, error: Exception) -> InfrastructureFailure:
+        """Remember `error`, and return the failure to raise."""
+        with self._lock:
+            if self._failure is None:
+                self._failure = InfrastructureFailure(str(error))
+                self._failure.__cause__ = error
+            return self._failure
+
+    def check(self) -> None:
+        """Raises the failure that was remembered, if any."""
+        if self._failure is not None:
+            raise self._failure

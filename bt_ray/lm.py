@@ -1,0 +1,191 @@
+"""The DSPy side of a served model: an LM, its engine and its provider.
+
+`ServedLM` is a `dspy.LM` named `openai/<weights id>`, so DSPy's cache never mixes two versions. Its engine asks `Models`
+for an endpoint at each request and repeats a request whose server was lost; its provider turns DSPy's `launch`, `kill`
+and `finetune` into calls of `Models`. All of them return themselves from `__deepcopy__`: a copy of a program keeps its LM.
+"""
+
+import asyncio
+import threading
+from typing import Any, Self
+
+import dspy
+from dspy.clients.engines.lm15_engine import LM15Engine, timeouts_for
+from dspy.clients.provider import Provider, TrainingJob
+from dspy.lm15 import LM15Error, Request, Response, RouterConfig
+
+from bt_ray.config import LMConfig
+from bt_ray.errors import InfrastructureError, ServerError, TaskError
+from bt_ray.hosting import FailureLatch, Models
+from bt_ray.serving.server import Endpoint
+from bt_ray.weights import Weights
+
+MODEL_PREFIX = "openai/"
+STEP_SETTING = "bt_ray_step"
+"""The name under which DSPy's settings carry the step that a thread works for."""
+
+
+class EmptyTrainingSet(TaskError):
+    """A weight optimizer was left without training data."""
+
+
+class ServedLM(dspy.LM):  # type: ignore[misc]
+    """A `dspy.LM` whose requests are answered by exactly the weights that its `model` names."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    @property
+    def weights_id(self) -> str:
+        return str(self.model).removeprefix(MODEL_PREFIX)
+
+
+class ServedEngine:
+    """Answers DSPy's requests from `Models`: called only when DSPy's cache misses.
+
+    Args:
+        models: Who serves the weights.
+        latch: Told when infrastructure is lost for good.
+        retries: How often a request is repeated after its server was lost and is served again.
+        timeout_s: Seconds that one request may take.
+        max_connections: Requests in flight.
+    """
+
+    def __init__(self, models: Models, latch: FailureLatch, *, retries: int, timeout_s: float, max_connections: int) -> None:
+        self.models = models
+        self.latch = latch
+        self.step: str | None = None
+        self._retries = retries
+        self._timeout_s = timeout_s
+        self._max_connections = max_connections
+        self._clients: dict[Endpoint, LM15Engine] = {}
+        self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def complete(self, request: Request) -> Response:
+        """One answer, by the weights that `request.model` names.
+
+        Raises:
+            LM15Error: The model's or the caller's failure, as DSPy knows it (a context that is too long, say).
+            InfrastructureFailure: No server answered, however often it was tried.
+        """
+        self.latch.check()
+        weights_id = request.model.removeprefix(MODEL_PREFIX)
+        error: Exception | None = None
+        for _ in range(self._retries + 1):
+            self._refuse_ended_step()
+            try:
+                with self.models.request(weights_id) as endpoint:
+                    try:
+                        return self._client(endpoint).complete(request)
+                    except LM15Error as failure:
+                        if not server_is_to_blame(failure):
+                            raise
+                        error = failure
+                        self.models.lost(endpoint)
+            except InfrastructureError as failure:
+                error = failure
+                break
+        assert error is not None
+        lost = ServerError(f"No server answered for weights {weights_id}: {error}")
+        lost.__cause__ = error
+        raise self.latch.trip(lost)
+
+    def _refuse_ended_step(self) -> None:
+        """Threads that a finished evaluation left behind must not bring old weights back."""
+        asking = dspy.settings.get(STEP_SETTING)
+        if asking is not None and self.step is not None and asking != self.step:
+            raise RuntimeError(f"Step {asking!r} has ended; its requests are refused.")
+
+    def _client(self, endpoint: Endpoint) -> LM15Engine:
+        with self._lock:
+            if endpoint not in self._clients:
+                self._clients[endpoint] = LM15Engine(
+                    RouterConfig(
+                        api_keys={"openai-chat": endpoint.token},
+                        base_urls={"openai-chat": f"{endpoint.url}/v1"},
+                        timeouts=timeouts_for(self._timeout_s),
+                        max_connections=self._max_connections,
+                        env={},
+                    )
+                )
+            return self._clients[endpoint]
+
+
+class AsyncServedEngine:
+    """`ServedEngine` for `acall`: the same requests, off the event loop."""
+
+    def __init__(self, engine: ServedEngine) -> None:
+        self._engine = engine
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    async def complete(self, request: Request) -> Response:
+        return await asyncio.to_thread(self._engine.complete, request)
+
+
+def server_is_to_blame(error: LM15Error) -> bool:
+    """Whether `error` speaks of the server (gone, failing, serving other weights) rather than of the request."""
+    if isinstance(error, dspy.lm15.TransportError | dspy.lm15.ServerError | dspy.lm15.TimeoutError):
+        return True
+    return getattr(error, "status", None) == 409
+
+
+class ServedProvider(Provider):  # type: ignore[misc]
+    """DSPy's launch, kill and finetune for `ServedLM`s."""
+
+    def __init__(self, models: Models, latch: FailureLatch) -> None:
+        super().__init__()
+        self.finetunable = True
+        self._models = models
+        self._latch = latch
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def launch(self, lm: ServedLM, launch_kwargs: dict[str, Any] | None = None) -> None:
+        """Nothing: a server is taken by the first request."""
+
+    def kill(self, lm: ServedLM, launch_kwargs: dict[str, Any] | None = None) -> None:
+        self._models.kill(lm.weights_id)
+
+    def finetune(
+        self,
+        job: TrainingJob,
+        model: str,
+        train_data: list[dict[str, Any]],
+        train_data_format: Any,
+        train_kwargs: dict[str, Any] | None = None,
+    ) -> str:
+        """Fine-tune, and return the `model` of the result. Runs in DSPy's own thread, which passes on `Exception` alone."""
+        if not train_data:
+            raise EmptyTrainingSet("The metric's filter left no training data.")
+        try:
+            weights = self._models.finetune(model.removeprefix(MODEL_PREFIX), train_data, train_kwargs or {})
+        except InfrastructureError as error:
+            self._latch.trip(error)
+            raise
+        return f"{MODEL_PREFIX}{weights.id}"
+
+
+def served_lm(weights: Weights, engine: ServedEngine, sampling: LMConfig) -> ServedLM:
+    """The LM for `weights`, with an engine that its later versions share."""
+    return ServedLM(
+        f"{MODEL_PREFIX}{weights.id}",
+        temperature=sampling.temperature,
+        max_tokens=sampling.max_tokens,
+        num_retries=0,
+        engine=engine,
+        async_engine=AsyncServedEngine(engine),
+        provider=ServedProvider(engine.models, engine.latch),
+    )
+
+
+def assign_lm(program: dspy.Module, lm: dspy.LM) -> None:
+    """Give `lm` to every predictor of `program` that has none."""
+    for predictor in program.predictors():
+        if predictor.lm is None:
+            predictor.lm = lm

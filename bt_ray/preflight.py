@@ -1,0 +1,178 @@
+"""What is checked before anything is paid for: the task, its optimizers, the strategies, the run directory, the cluster."""
+
+import contextlib
+import io
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dspy.teleprompt.bootstrap_finetune import FinetuneTeleprompter
+from dspy.teleprompt.teleprompt import Teleprompter
+
+from bt_ray.config import SweepConfig
+from bt_ray.errors import BtRayError, ConfigError, ResourcesError, ServerError, TaskError
+from bt_ray.hosting import Conversation, FailureLatch
+from bt_ray.lm import ServedEngine, assign_lm, served_lm
+from bt_ray.run_directory import check_run_directory
+from bt_ray.serving.server import Endpoint
+from bt_ray.strategy import BASELINE, check_distinct, parse
+from bt_ray.task import StepContext, Task, check_optimizers, load_task
+from bt_ray.weights import Weights, base_weights
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A sweep that can start.
+
+    Attributes:
+        task: The task, with LMs assigned that answer nothing.
+        base: The student's base weights.
+        examples: Sizes of trainset, valset (0: none) and testset.
+        optimizers: The optimizers' class names by key.
+        models_at_once: How many versions of models the program asks at once, at most.
+    """
+
+    task: Task
+    base: Weights
+    examples: tuple[int, int, int]
+    optimizers: dict[str, str]
+    models_at_once: int
+
+
+def check_sweep(config: SweepConfig, run_dir: Path | None) -> Checked:
+    """Check everything that needs no cluster.
+
+    Raises:
+        BtRayError: The first thing that would make the sweep fail, and what to do about it.
+    """
+    base = base_weights(config.model)
+    task = load_task(config.task)
+    engine = ServedEngine(_NoModels(), FailureLatch(), retries=0, timeout_s=1, max_connections=1)
+    lm = served_lm(base, engine, config.lm)
+    assign_lm(task.program, lm)
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+        optimizers = _built(task, StepContext(prefix=BASELINE, seed=config.seed, scratch_dir=Path(scratch), lm=lm))
+    check_distinct(config.strategies)
+    strategies = [parse(strategy, optimizers) for strategy in config.strategies]
+    check_optimizers(task, optimizers, strategies)
+    examples = _check_validation(task, config)
+    weight_keys = {key for key, optimizer in optimizers.items() if isinstance(optimizer, FinetuneTeleprompter)}
+    if any(key in weight_keys for keys in strategies for key in keys) and config.server.gpus % 1:
+        raise ConfigError(
+            f"server.gpus = {config.server.gpus}: a slot with a fraction of a GPU only serves, and "
+            f"{sorted(weight_keys)[0]!r} fine-tunes. Give it a whole GPU."
+        )
+    if run_dir is not None:
+        check_run_directory(run_dir, config, base)
+    names = {key: type(optimizer).__name__ for key, optimizer in optimizers.items()}
+    return Checked(task, base, examples, names, len({predictor.lm.model for predictor in task.program.predictors()}))
+
+
+def _built(task: Task, context: StepContext) -> Mapping[str, Teleprompter]:
+    try:
+        return task.build_optimizers(context)
+    except BtRayError:
+        raise
+    except Exception as error:
+        raise TaskError(f"optimizers(ctx) raised {type(error).__name__}: {error}") from error
+
+
+def _check_validation(task: Task, config: SweepConfig) -> tuple[int, int, int]:
+    train, test = len(task.trainset), len(task.testset or ())
+    if task.valset:
+        return train, len(task.valset), test
+    held_out = int(config.valset_ratio * train)
+    if held_out == 0 and len(config.strategies) > 1:
+        why = "valset_ratio = 0" if config.valset_ratio == 0 else f"valset_ratio = {config.valset_ratio} of {train} examples"
+        raise ConfigError(
+            f"There is no validation ({why}, and the task has no valset), so nothing to rank "
+            f"{len(config.strategies)} strategies by. Give a valset, a larger valset_ratio, or a single strategy."
+        )
+    if held_out == train:
+        raise ConfigError(f"valset_ratio = {config.valset_ratio} leaves no training example.")
+    return train - held_out, held_out, test
+
+
+def check_resources(config: SweepConfig, nodes: Sequence[Mapping[str, float]], *, grows: bool) -> list[str]:
+    """Check that a cluster can ever hold the sweep's servers and one trial.
+
+    Args:
+        config: The sweep's settings.
+        nodes: The total resources of each node (`"CPU"`, `"GPU"`).
+        grows: Whether the cluster can add nodes; what is missing is then a warning.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        ResourcesError: A fixed cluster can never give it; the message names what is missing.
+    """
+    missing = _missing(config, nodes)
+    if missing is None:
+        return []
+    if grows:
+        return [f"{missing} The cluster can grow, so the sweep waits for it."]
+    raise ResourcesError(missing)
+
+
+def _missing(config: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
+    server, trial = config.server, config.trial
+    slot = f"{_amount(server.gpus, 'GPU')} and {_amount(server.cpus, 'CPU')}" if server.gpus else _amount(server.cpus, "CPU")
+    for resource, needed in (("GPU", server.gpus), ("CPU", server.cpus)):
+        largest = max((node.get(resource, 0) for node in nodes), default=0)
+        if needed > largest:
+            return (
+                f"A server needs {_amount(needed, resource)} on one node; the largest node has {_amount(largest, resource)}."
+            )
+    free = sorted(({"CPU": node.get("CPU", 0), "GPU": node.get("GPU", 0)} for node in nodes), key=lambda n: -n["GPU"])
+    placed = 0
+    for node in free:
+        while placed < server.count and node["CPU"] >= server.cpus - 1e-9 and node["GPU"] >= server.gpus - 1e-9:
+            node["CPU"] -= server.cpus
+            node["GPU"] -= server.gpus
+            placed += 1
+    if placed < server.count:
+        return (
+            f"The sweep asks for {server.count} servers of {slot} each; the cluster has room for {placed}. "
+            f"Set server.count to {max(1, placed)}, or make the servers smaller."
+        )
+    if max(node["CPU"] for node in free) < trial.cpus - 1e-9:
+        total = sum(node.get("CPU", 0) for node in nodes)
+        return (
+            f"{server.count} servers of {slot} each leave no {trial.cpus} CPU for a trial: the cluster has "
+            f"{_amount(total, 'CPU')}. Set server.cpus a little lower (server.threads stays what it is), or trial.cpus."
+        )
+    return None
+
+
+def _amount(number: float, resource: str) -> str:
+    return f"{number:g} {resource}{'' if number == 1 else 's'}"
+
+
+def inside_job() -> bool:
+    """Whether this is the driver of a Ray job, whose working directory is a copy that goes away."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+class _NoModels:
+    """`Models` that serve nothing: a check sends no request."""
+
+    def request(self, weights_id: str) -> AbstractContextManager[Endpoint]:
+        return _refused()
+
+    def lost(self, endpoint: Endpoint) -> None: ...
+
+    def kill(self, weights_id: str) -> None: ...
+
+    def finetune(self, weights_id: str, conversations: Sequence[Conversation], train_kwargs: dict[str, Any]) -> Weights:
+        raise ServerError("No model is served during a check.")
+
+
+@contextmanager
+def _refused() -> Iterator[Endpoint]:
+    raise ServerError("No model is served during a check: build() and optimizers(ctx) must not ask the student's LM.")
+    yield

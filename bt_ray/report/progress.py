@@ -1,0 +1,112 @@
+"""Progress while a sweep runs: a live table in a terminal, plain lines elsewhere."""
+
+import threading
+import time
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+
+from bt_ray.events import Event, ServerChanged, Stage, StepFinished, TrialEnded, TrialStarted
+from bt_ray.report.table import percent
+from bt_ray.strategy import prefixes
+
+
+@dataclass
+class _Row:
+    strategy: str
+    state: str = "waiting"
+    step_started: float = 0.0
+    scores: list[str] = field(default_factory=list)
+
+    def running(self, prefix: str | None) -> None:
+        self.state = "finishing" if prefix is None else f"step {prefix or 'baseline'}"
+        self.step_started = time.time()
+
+
+class Progress:
+    """Shows a sweep's events. Use it as a context manager, and give it to the sweep as its listener."""
+
+    def __init__(self, console: Console, strategies: tuple[str, ...]) -> None:
+        self._console = console
+        self._lock = threading.Lock()
+        self._started = time.time()
+        self._stage = ""
+        self._rows = {strategy: _Row(strategy) for strategy in strategies}
+        self._servers: dict[int, ServerChanged] = {}
+        live = console.is_terminal
+        self._live = (
+            Live(console=console, get_renderable=self._render, refresh_per_second=2, transient=True) if live else None
+        )
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+
+    def __call__(self, event: Event) -> None:
+        with self._lock:
+            self._note(event)
+            line = self._line(event)
+            if line and (self._live is None or isinstance(event, StepFinished)):
+                self._console.print(f"[{self._clock()}] {line}", highlight=False, markup=False, soft_wrap=True)
+
+    def _note(self, event: Event) -> None:
+        match event:
+            case Stage(text):
+                self._stage = text
+            case TrialStarted(strategy):
+                self._rows[strategy].scores = []
+                self._rows[strategy].running("")
+            case StepFinished(strategy, prefix, score):
+                steps = prefixes(strategy)
+                position = steps.index(prefix) + 1 if prefix else 0
+                self._rows[strategy].scores.append(percent(score))
+                self._rows[strategy].running(steps[position] if position < len(steps) else None)
+            case TrialEnded(strategy, error):
+                self._rows[strategy].state = f"ended early: {error}" if error else "done"
+            case ServerChanged(server):
+                self._servers[server] = event
+
+    def _line(self, event: Event) -> str:
+        match event:
+            case Stage(text):
+                return text
+            case TrialStarted(strategy):
+                return f'strategy "{strategy}": started'
+            case StepFinished(strategy, prefix, score, best_score, seconds):
+                name = f"step {prefix}" if prefix else "baseline"
+                return f'strategy "{strategy}": {name} {percent(score)} (best {percent(best_score)}) in {seconds:.0f} s'
+            case TrialEnded(strategy, error):
+                return f'strategy "{strategy}": ended early: {error}' if error else ""
+            case ServerChanged(server, state, weights_id, holder, detail):
+                by = f" for {holder}" if holder else ""
+                return f"server {server}: {state} {weights_id or ''}{by}{', ' + detail if detail else ''}"
+        return ""
+
+    def _clock(self) -> str:
+        minutes, seconds = divmod(int(time.time() - self._started), 60)
+        return f"{minutes:3d}:{seconds:02d}"
+
+    def _render(self) -> RenderableType:
+        with self._lock:
+            trials = Table(box=None, pad_edge=False)
+            for column in ("strategy", "scores so far", "now", "for"):
+                trials.add_column(column)
+            for row in self._rows.values():
+                running = row.state.startswith("step")
+                lasted = f"{time.time() - row.step_started:.0f} s" if running else ""
+                trials.add_row(row.strategy, " -> ".join(row.scores), row.state, lasted)
+            servers = Table(box=None, pad_edge=False)
+            for column in ("server", "state", "weights", "held by", "progress"):
+                servers.add_column(column)
+            for index, seen in sorted(self._servers.items()):
+                servers.add_row(str(index), seen.state, seen.weights_id or "", seen.holder or "", seen.detail)
+            return Group(f"[{self._clock()}] {self._stage}", trials, "", servers)

@@ -1,0 +1,52 @@
+"""The table at the end of a sweep."""
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from bt_ray.results import Candidate, SweepResult
+from bt_ray.strategy import length
+
+
+def result_table(result: SweepResult) -> RenderableType:
+    """Every strategy with the scores of its steps, the best marked; below it the winner and its test score."""
+    table = Table(title="Scores on the valset, in percent", title_justify="left")
+    table.add_column("strategy", no_wrap=True)
+    steps = max((length(trial.strategy) for trial in result.trials), default=0)
+    table.add_column("baseline", justify="right")
+    for step in range(1, steps + 1):
+        table.add_column(f"step {step}", justify="right")
+    table.add_column("best", justify="right")
+    table.add_column("minutes", justify="right")
+    table.add_column("ended early by", overflow="fold")
+    for trial in result.trials:
+        by_length = {length(candidate.prefix): candidate for candidate in trial.candidates}
+        scores = [_score(by_length.get(step), result.best) for step in range(steps + 1)]
+        minutes = sum(candidate.seconds for candidate in trial.candidates) / 60
+        best = percent(trial.best.score) if trial.best else "-"
+        error = trial.error.splitlines()[0] if trial.error else ""
+        table.add_row(trial.strategy, *scores, best, f"{minutes:.1f}", Text(error))
+    return Group(table, *map(Text, closing_lines(result)))
+
+
+def closing_lines(result: SweepResult) -> list[str]:
+    """The winner in words."""
+    if result.best is None:
+        return ["No strategy got as far as its baseline."]
+    lines = [f'Best program: "{result.best.prefix or "baseline"}", {percent(result.best.score)} on the valset.']
+    if result.test_score is not None:
+        count = len(result.test_example_scores)
+        lines.append(f"On the testset, {count} examples that no step saw, evaluated once: {percent(result.test_score)}.")
+    lines.append(f'Kept in {result.run_dir}/best; bt_ray.load("{result.run_dir}/best") opens it.')
+    lines.append(f"The sweep took {result.seconds / 60:.1f} minutes.")
+    return lines
+
+
+def _score(candidate: Candidate | None, best: Candidate | None) -> Text:
+    if candidate is None:
+        return Text("-")
+    return Text(percent(candidate.score), style="bold green" if candidate == best else "")
+
+
+def percent(score: float | None) -> str:
+    return "not scored" if score is None else f"{score:.1f} %"

@@ -1,0 +1,146 @@
+"""What a sweep found: frozen candidates, trials and the ranked whole, as JSON in `result.json`."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from bt_ray.strategy import length
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The program that a step produced, with its score.
+
+    Attributes:
+        strategy: The strategy of the trial that produced it.
+        prefix: The step; `""` for the baseline.
+        score: On the valset, in percent as `dspy.Evaluate` gives it; None without validation.
+        example_scores: The metric's value for each valset example, in order.
+        started: Unix time in seconds.
+        seconds: Compiling and evaluating.
+        weights: The id of the weights that each predictor uses, by the predictor's name.
+        program: DSPy's JSON state of the program, relative to the run directory.
+    """
+
+    strategy: str
+    prefix: str
+    score: float | None
+    example_scores: tuple[float, ...]
+    started: float
+    seconds: float
+    weights: dict[str, str]
+    program: str
+
+    @property
+    def rank_key(self) -> tuple[float, int]:
+        """Sorts the best first: the higher score, then the fewer steps. `sorted` keeps the given order in a tie."""
+        return (-self.score if self.score is not None else float("inf"), length(self.prefix))
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """How one strategy went.
+
+    Attributes:
+        strategy: The strategy.
+        candidates: The baseline and each finished step, in order.
+        error: Why it ended early, None if it did not.
+        traceback: Of that error.
+    """
+
+    strategy: str
+    candidates: tuple[Candidate, ...] = ()
+    error: str | None = None
+    traceback: str | None = None
+
+    @property
+    def best(self) -> Candidate | None:
+        """By BetterTogether's rule: the best score, the earlier in a tie; without validation the latest."""
+        if all(candidate.score is None for candidate in self.candidates):
+            return self.candidates[-1] if self.candidates else None
+        return min(self.candidates, key=lambda candidate: candidate.rank_key)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        candidates = [Candidate(**{**c, "example_scores": tuple(c["example_scores"])}) for c in values["candidates"]]
+        return cls(**{**values, "candidates": tuple(candidates)})
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The result of a sweep.
+
+    Attributes:
+        run_dir: Where it is kept.
+        trials: One for each strategy, in the order given.
+        candidates: All candidates, the best first.
+        best: The best program's candidate, None if every strategy failed before its baseline.
+        test_score: Of the best program on the testset, in percent; None without a testset.
+        test_example_scores: The metric's value for each test example, in order.
+        seconds: Wall time of the sweep.
+    """
+
+    run_dir: str
+    trials: tuple[TrialResult, ...]
+    seconds: float
+    test_score: float | None = None
+    test_example_scores: tuple[float, ...] = ()
+    schema_version: int = field(default=SCHEMA_VERSION)
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        found = [candidate for trial in self.trials for candidate in trial.candidates]
+        return tuple(sorted(found, key=lambda candidate: candidate.rank_key))
+
+    @property
+    def best(self) -> Candidate | None:
+        candidates = self.candidates
+        if not candidates or candidates[0].score is not None:
+            return candidates[0] if candidates else None
+        return self.trials[0].best
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema_version": self.schema_version,
+            "run_dir": self.run_dir,
+            "seconds": self.seconds,
+            "best": asdict(self.best) if self.best else None,
+            "test_score": self.test_score,
+            "test_example_scores": self.test_example_scores,
+            "candidates": [asdict(candidate) for candidate in self.candidates],
+            "trials": [trial.to_json() for trial in self.trials],
+        }
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The result that a sweep left in `path`, its `result.json`."""
+        values = json.loads(path.read_text())
+        return cls(
+            run_dir=values["run_dir"],
+            trials=tuple(TrialResult.from_json(trial) for trial in values["trials"]),
+            seconds=values["seconds"],
+            test_score=values["test_score"],
+            test_example_scores=tuple(values["test_example_scores"]),
+            schema_version=values["schema_version"],
+        )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` so that `path` holds either all of it or what it held before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.rename(path)
+
+
+def mean_percent(scores: Sequence[float]) -> float:
+    """The mean of per-example scores in percent, rounded as `dspy.Evaluate` does."""
+    return round(100 * sum(scores) / len(scores), 2)

@@ -1,0 +1,53 @@
+"""Strategies: sequences of optimizer keys, written as DSPy writes them: `"p -> w -> p"`.
+
+A step is named by its prefix: `"p -> w"` is the second step of `"p -> w -> p"`. The empty prefix is the baseline.
+"""
+
+from collections.abc import Iterable
+
+from bt_ray.errors import ConfigError, nearest
+
+SEPARATOR = " -> "
+BASELINE = ""
+
+
+def parse(strategy: str, known_keys: Iterable[str]) -> tuple[str, ...]:
+    """The optimizer keys of `strategy`, in order.
+
+    Raises:
+        ConfigError: The strategy is empty, not written as DSPy writes it, or names an optimizer that the task lacks.
+    """
+    known = list(known_keys)
+    if not strategy.strip():
+        raise ConfigError('A strategy is empty. Write optimizer keys joined by " -> ", for example "p -> w".')
+    keys = tuple(strategy.split(SEPARATOR))
+    written_right = SEPARATOR.join(part.strip() for part in strategy.split("->") if part.strip())
+    if written_right != strategy:
+        raise ConfigError(f'Strategy "{strategy}" is not written as DSPy reads it: write "{written_right}".')
+    for key in keys:
+        if key not in known:
+            raise ConfigError(
+                f'Strategy "{strategy}": the task has no optimizer {key!r}.{nearest(key, known)} '
+                f"Its optimizers: {', '.join(known)}."
+            )
+    return keys
+
+
+def prefixes(strategy: str) -> list[str]:
+    """The steps of `strategy`, shortest first: `["p", "p -> w"]` for `"p -> w"`."""
+    keys = strategy.split(SEPARATOR)
+    return [SEPARATOR.join(keys[:end]) for end in range(1, len(keys) + 1)]
+
+
+def length(prefix: str) -> int:
+    """The number of steps that lead to `prefix`; 0 for the baseline."""
+    return len(prefix.split(SEPARATOR)) if prefix else 0
+
+
+def check_distinct(strategies: Iterable[str]) -> None:
+    """Raises `ConfigError` if a strategy is given twice."""
+    seen: set[str] = set()
+    for strategy in strategies:
+        if strategy in seen:
+            raise ConfigError(f'Strategy "{strategy}" is given twice.')
+        seen.add(strategy)

@@ -1,0 +1,81 @@
+"""Fixtures for all tests. The environment is set before anything imports DSPy or Ray."""
+
+import json
+import os
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SUPPORT = ROOT / "tests" / "support"
+MARK = "BT_RAY_TEST_RUN"
+
+_scratch = tempfile.TemporaryDirectory(prefix="bt_ray_tests_")
+os.environ |= {
+    "DSPY_CACHEDIR": f"{_scratch.name}/dspy_cache",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray listens on 127.0.0.1 only
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_OFFLINE": "1",
+    MARK: uuid.uuid4().hex,  # every process that a test starts, however indirectly, carries it
+}
+for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+    os.environ.pop(name, None)
+sys.path.insert(0, str(ROOT / "tests"))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder that passes for a checkpoint: a scripted model that answers `n` right if `n % 10 < 2`."""
+    folder = tmp_path / "scripted-model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"made for": str(tmp_path)}))
+    (folder / "skill.json").write_text(json.dumps({"skill": 2}))
+    return folder
+
+
+@pytest.fixture
+def settings(model: Path, tmp_path: Path) -> dict[str, Any]:
+    """The values of a sweep with scripted server and trainer."""
+    return {
+        "task": f"{SUPPORT / 'tasks.py'}:double",
+        "model": str(model),
+        "strategies": ["p -> w", "w -> p"],
+        "run_dir": str(tmp_path / "run"),
+        "num_threads": 4,
+        "server": {
+            "count": 2,
+            "command": [sys.executable, str(SUPPORT / "scripted_server.py")],
+            "env": {"REQUEST_LOG": str(tmp_path / "requests.jsonl")},
+        },
+        "train": {"command": [sys.executable, str(SUPPORT / "scripted_trainer.py")]},
+    }
+
+
+@pytest.fixture
+def request_log(tmp_path: Path) -> Any:
+    """The requests that scripted servers answered so far."""
+
+    def read() -> list[dict[str, Any]]:
+        file = tmp_path / "requests.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One Ray of the test session's own, with more logical cores than the machine has."""
+    import ray
+
+    from bt_ray.driver import DRIVER_ENVIRONMENT
+
+    os.environ |= DRIVER_ENVIRONMENT
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()

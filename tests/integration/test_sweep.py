@@ -1,0 +1,114 @@
+"""Whole sweeps on a real Ray with scripted servers and trainers, whose scores are known in advance."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SUPPORT
+
+import bt_ray
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def sweep(settings: dict[str, Any], **changed: Any) -> bt_ray.SweepResult:
+    return bt_ray.sweep(changed.pop("task", settings["task"]), {**settings, **changed})
+
+
+def test_each_step_is_scored_and_the_best_of_all_strategies_is_kept(settings: dict[str, Any], request_log: Any) -> None:
+    result = sweep(settings)
+
+    # The base model answers 2 of 10 right, two demos add 2, a fine-tune adds 3.
+    scores = {(c.strategy, c.prefix): c.score for c in result.candidates}
+    assert scores == {
+        ("p -> w", ""): 20.0,
+        ("p -> w", "p"): 40.0,
+        ("p -> w", "p -> w"): 70.0,
+        ("w -> p", ""): 20.0,
+        ("w -> p", "w"): 50.0,
+        ("w -> p", "w -> p"): 70.0,
+    }
+    assert result.best is not None
+    assert (result.best.strategy, result.best.score) == ("p -> w", 70.0), "the tie goes to the strategy given first"
+    assert result.test_score == 70.0
+    assert [trial.error for trial in result.trials] == [None, None]
+    assert sum(result.best.example_scores) == 14
+
+    # After w, the weights of w answer: also when p optimizes.
+    base = result.candidates[-1].weights["self"]
+    trained = {c.weights["self"] for c in result.candidates} - {base}
+    assert len(trained) == 2
+    for candidate in result.candidates:
+        assert (candidate.weights["self"] == base) == ("w" not in candidate.prefix)
+    asked = {(r["weights"] == base, r["demos"]) for r in request_log()}
+    assert asked == {(True, 0), (True, 2), (False, 0), (False, 2)}
+
+
+def test_the_run_directory_holds_the_result_and_a_best_program_that_answers(settings: dict[str, Any]) -> None:
+    result = sweep(settings)
+    run_dir = Path(settings["run_dir"])
+    written = json.loads((run_dir / "result.json").read_text())
+    assert written["best"]["score"] == 70.0
+    assert bt_ray.SweepResult.read(run_dir / "result.json") == result
+    assert not list(run_dir.glob("best/*.pkl"))
+    for candidate in result.candidates:
+        state = json.loads((run_dir / candidate.program).read_text())
+        assert state["lm"] is None
+
+    program = bt_ray.load(run_dir / "best")
+    assert program(question="number 26").answer == "52", "skill 5 and two demos answer 6"
+    assert program(question="number 27").answer == "wrong"
+    program.lm.kill()
+
+
+def test_a_failed_step_ends_its_strategy_with_the_best_so_far_and_the_others_go_on(settings: dict[str, Any]) -> None:
+    result = sweep(settings, strategies=["p -> bad -> w", "w"])
+    failed, fine = result.trials
+    assert [c.prefix for c in failed.candidates] == ["", "p"]
+    assert failed.error == "RuntimeError: this optimizer rejects everything"
+    assert "Traceback" in (failed.traceback or "")
+    assert fine.error is None
+    assert result.best is not None
+    assert result.best.prefix == "w"
+
+
+def test_an_empty_training_set_says_what_left_nothing(settings: dict[str, Any]) -> None:
+    result = sweep(settings, task=f"{SUPPORT / 'tasks.py'}:hard_to_please", strategies=["w"])
+    (trial,) = result.trials
+    assert "the metric's filter left none of the 20 bootstrapped traces" in (trial.error or "")
+    assert [c.prefix for c in trial.candidates] == [""]
+
+
+def test_a_metric_that_raises_is_an_error_and_no_score_of_0(settings: dict[str, Any]) -> None:
+    result = sweep(settings, task=f"{SUPPORT / 'tasks.py'}:broken_metric", strategies=["p"])
+    (trial,) = result.trials
+    assert trial.candidates == ()
+    assert "cancelled due to errors" in (trial.error or "")
+    assert result.best is None
+
+
+def test_a_server_that_cannot_start_fails_the_trial_with_its_last_lines(settings: dict[str, Any]) -> None:
+    server = {**settings["server"], "env": {"SCRIPTED_START": "die"}}
+    result = sweep(settings, server=server, strategies=["p"], trial={"max_failures": 0})
+    (trial,) = result.trials
+    assert "ended with status 7" in (trial.traceback or "")
+    assert "the engine found no memory" in (trial.traceback or "")
+    assert trial.candidates == ()
+
+
+def test_one_slot_is_enough_and_each_strategy_gets_it_in_turn(settings: dict[str, Any]) -> None:
+    result = sweep(settings, server={**settings["server"], "count": 1}, strategies=["p -> w -> p", "w", "p"])
+    assert [trial.best.score for trial in result.trials if trial.best] == [70.0, 50.0, 40.0]
+
+
+def test_without_validation_the_latest_program_wins(settings: dict[str, Any]) -> None:
+    result = sweep(settings, task=f"{SUPPORT / 'tasks.py'}:without_valset", valset_ratio=0, strategies=["w -> p"])
+    assert [c.score for c in result.candidates] == [None, None, None]
+    assert result.best is not None
+    assert result.best.prefix == "w -> p"
+
+
+def test_more_servers_than_the_cluster_has_room_for_is_told_within_seconds(settings: dict[str, Any]) -> None:
+    with pytest.raises(bt_ray.BtRayError, match="asks for 90 servers of 1 CPU each; the cluster has room for 8"):
+        sweep(settings, server={**settings["server"], "count": 90})

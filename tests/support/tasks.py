@@ -1,0 +1,79 @@
+"""Tasks for scripted models: doubling numbers. See `scripted_server` for which questions a model answers right."""
+
+from typing import Any
+
+import dspy
+from dspy.teleprompt import BootstrapFinetune, LabeledFewShot
+from dspy.teleprompt.teleprompt import Teleprompter
+
+import bt_ray
+
+
+class Double(dspy.Signature):
+    """Double the number."""
+
+    question: str = dspy.InputField()
+    answer: str = dspy.OutputField()
+
+
+def examples(numbers: range) -> list[dspy.Example]:
+    return [dspy.Example(question=f"number {n}", answer=str(2 * n)).with_inputs("question") for n in numbers]
+
+
+def exact(example: dspy.Example, prediction: Any, trace: Any = None) -> bool:
+    return bool(example.answer == prediction.answer)
+
+
+class Demos(Teleprompter):  # type: ignore[misc]
+    """A prompt optimizer with a known outcome: the first `k` training examples, as they were shuffled, become demos."""
+
+    def __init__(self, k: int = 2) -> None:
+        self.k = k
+        self.lm_when_built = dspy.settings.lm
+
+    def compile(self, student: dspy.Module, *, trainset: list[dspy.Example], teacher: Any = None) -> dspy.Module:
+        return LabeledFewShot(k=self.k).compile(student, trainset=trainset, sample=False)
+
+
+class Failing(Teleprompter):  # type: ignore[misc]
+    def compile(self, student: dspy.Module, *, trainset: list[dspy.Example]) -> dspy.Module:
+        raise RuntimeError("this optimizer rejects everything")
+
+
+def double(**replaced: Any) -> bt_ray.Task:
+    program = dspy.Predict(Double)
+    trainset = examples(range(100, 120))
+    settings: dict[str, Any] = {
+        "program": program,
+        "trainset": trainset,
+        "valset": examples(range(20)),
+        "testset": examples(range(50, 70)),
+        "metric": exact,
+        "optimizers": lambda ctx: {"p": Demos(), "w": BootstrapFinetune(metric=exact), "bad": Failing()},
+        "optimizer_compile_args": {"w": {"teacher": bt_ray.gold_label_teacher(program, trainset)}},
+    }
+    return bt_ray.Task(**{**settings, **replaced})
+
+
+def hard_to_please() -> bt_ray.Task:
+    """A metric that accepts nothing: nothing is left to train on."""
+
+    def nothing(example: Any, prediction: Any, trace: Any = None) -> bool:
+        return False
+
+    return double(metric=nothing, optimizers=lambda ctx: {"w": BootstrapFinetune(metric=nothing)}, testset=None)
+
+
+def broken_metric() -> bt_ray.Task:
+    def broken(example: Any, prediction: Any, trace: Any = None) -> bool:
+        raise KeyError("no such field")
+
+    return double(metric=broken)
+
+
+def without_testset() -> bt_ray.Task:
+    return double(testset=None)
+
+
+def without_valset() -> bt_ray.Task:
+    return double(valset=None)
