@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bt_ray.best import load
     from bt_ray.config import SweepConfig, load_config
+    from bt_ray.driver import sweep
     from bt_ray.errors import BtRayError
     from bt_ray.results import Candidate, SweepResult, TrialResult
-    from bt_ray.driver import sweep
     from bt_ray.task import StepContext, Task
     from bt_ray.teachers import gold_label_teacher
 

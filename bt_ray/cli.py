@@ -61,8 +61,8 @@ def check(
     console = Console()
     with _told_errors():
         config = _load(file, strategy, run_dir, assignments)
-        from bt_ray.preflight import check_sweep
         from bt_ray.driver import run_directory
+        from bt_ray.preflight import check_sweep
 
         checked = check_sweep(config, run_directory(config))
         train, val, test = checked.examples
@@ -101,9 +101,9 @@ def sweep(
     console = Console()
     with _told_errors():
         config = _load(file, strategy, run_dir, assignments)
+        from bt_ray.driver import run_sweep
         from bt_ray.report.progress import Progress
         from bt_ray.report.table import result_table
-        from bt_ray.driver import run_sweep
 
         with Progress(console, config.strategies) as progress:
             result = run_sweep(config, address=address, listener=progress)

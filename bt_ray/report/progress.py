@@ -14,6 +14,9 @@ from bt_ray.events import Event, ServerChanged, Stage, StepFinished, TrialEnded,
 from bt_ray.report.table import percent
 from bt_ray.strategy import prefixes
 
+TRAINING_LINES_S = 30
+"""Seconds between two lines about one training, where there is no live table."""
+
 
 @dataclass
 class _Row:
@@ -37,6 +40,7 @@ class Progress:
         self._stage = ""
         self._rows = {strategy: _Row(strategy) for strategy in strategies}
         self._servers: dict[int, ServerChanged] = {}
+        self._told_training: dict[int, float] = {}
         live = console.is_terminal
         self._live = (
             Live(console=console, get_renderable=self._render, refresh_per_second=2, transient=True) if live else None
@@ -53,8 +57,8 @@ class Progress:
 
     def __call__(self, event: Event) -> None:
         with self._lock:
+            line = "" if self._is_small_news(event) else self._line(event)
             self._note(event)
-            line = self._line(event)
             if line and (self._live is None or isinstance(event, StepFinished)):
                 self._console.print(f"[{self._clock()}] {line}", highlight=False, markup=False, soft_wrap=True)
 
@@ -74,6 +78,17 @@ class Progress:
                 self._rows[strategy].state = f"ended early: {error}" if error else "done"
             case ServerChanged(server):
                 self._servers[server] = event
+
+    def _is_small_news(self, event: Event) -> bool:
+        """Whether `event` is only a training's next step, too soon after the last one told to be a line of its own."""
+        if not isinstance(event, ServerChanged):
+            return False
+        before = self._servers.get(event.server)
+        goes_on = before is not None and before.state == event.state == "training"
+        if goes_on and time.time() - self._told_training[event.server] < TRAINING_LINES_S:
+            return True
+        self._told_training[event.server] = time.time()
+        return False
 
     def _line(self, event: Event) -> str:
         match event:

@@ -1,1 +1,1 @@
-"""What several tests need: scripted processes that stand in for vLLM and for the trainer, and tasks whose scores are known."""
+"""What several tests need: scripted stand-ins for vLLM and the trainer, and tasks whose scores are known."""

@@ -1,0 +1,228 @@
+"""Where bt_ray differs from DSPy 3.4.1 on purpose: DSPy's behaviour first, then bt_ray's. `docs/differences.md` links here.
+
+When a test of DSPy's behaviour fails with a newer DSPy, the difference may have become unnecessary.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import dspy
+import pytest
+from dspy.teleprompt import BootstrapFewShot, BootstrapFewShotWithRandomSearch, BootstrapFinetune
+from support import tasks
+from support.slot_models import SlotModels
+
+import bt_ray
+from bt_ray.better_together import SweepBetterTogether, drop_traced_forward
+from bt_ray.config import make_config
+from bt_ray.errors import InfrastructureFailure, TaskError
+from bt_ray.hosting import FailureLatch
+from bt_ray.lm import ServedEngine, ServedLM, assign_lm, served_lm
+
+
+@pytest.fixture
+def models(settings: dict[str, Any], tmp_path: Path) -> Any:
+    hosted = SlotModels(make_config(settings), tmp_path)
+    yield hosted
+    hosted.kill("")
+
+
+@pytest.fixture
+def lm(models: SlotModels) -> ServedLM:
+    served = models.lm()
+    served.cache = False
+    return served
+
+
+def walk(task: bt_ray.Task, lm: ServedLM, scratch_dir: Path, strategy: str, **arguments: Any) -> SweepBetterTogether:
+    engine: ServedEngine = lm.engine
+    assign_lm(task.program, lm)
+    optimizer = SweepBetterTogether(
+        task, lm, seed=0, scratch_dir=scratch_dir, latch=engine.latch, engine=engine, on_step=lambda outcome: None
+    )
+    optimizer.program = optimizer.walk(strategy, num_threads=2, **arguments)
+    return optimizer
+
+
+def random_search() -> BootstrapFewShotWithRandomSearch:
+    return BootstrapFewShotWithRandomSearch(
+        metric=tasks.exact, max_bootstrapped_demos=1, max_labeled_demos=2, num_candidate_programs=1, num_threads=2
+    )
+
+
+def test_optimizers_ask_the_students_lm(
+    lm: ServedLM, tmp_path: Path, request_log: Callable[[], list[dict[str, Any]]]
+) -> None:
+    # DSPy: copies that an optimizer makes lose their LM, so in "w -> p" the base model answers all requests of p.
+    task = tasks.double()
+    assign_lm(task.program, lm)
+    optimizer = dspy.BetterTogether(metric=tasks.exact, p=random_search(), w=BootstrapFinetune(metric=tasks.exact))
+    arguments = {"w": dict(task.optimizer_compile_args["w"])}
+    with dspy.context(lm=lm):
+        optimizer.compile(
+            task.program, trainset=list(task.trainset), valset=list(task.valset or ()), seed=0, strategy="w -> p",
+            num_threads=2, optimizer_compile_args=arguments,
+        )  # fmt: skip
+    base = lm.weights_id
+    asked = request_log()
+    after_w = asked[next(i for i, request in enumerate(asked) if request["weights"] != base) :]
+    assert any(request["weights"] == base for request in after_w)
+
+    # bt_ray: the weights of w answer them.
+    before = len(request_log())
+    both = tasks.double(optimizers=lambda ctx: {"p": random_search(), "w": BootstrapFinetune(metric=tasks.exact)})
+    walk(both, lm, tmp_path, "w -> p")
+    asked = request_log()[before:]
+    after_w = asked[next(i for i, request in enumerate(asked) if request["weights"] != base) :]
+    assert len(after_w) > 60, "the optimizer's requests are among them"
+    assert not any(request["weights"] == base for request in after_w)
+
+
+def test_a_teacher_reaches_each_optimizer_in_the_form_that_it_takes(lm: ServedLM, tmp_path: Path) -> None:
+    # DSPy: a teacher given to BetterTogether arrives as a list, which BootstrapFewShot cannot copy: the step fails.
+    task = tasks.double()
+    assign_lm(task.program, lm)
+    teacher = bt_ray.gold_label_teacher(task.program, task.trainset)
+    optimizer = dspy.BetterTogether(metric=tasks.exact, p=BootstrapFewShot(metric=tasks.exact))
+    program = optimizer.compile(
+        task.program, trainset=list(task.trainset), valset=list(task.valset or ()), teacher=teacher, strategy="p", seed=0
+    )
+    assert program.flag_compilation_error_occurred
+
+    # bt_ray: BootstrapFewShot gets the teacher itself, BootstrapFinetune a list.
+    routed = tasks.double(
+        teacher=teacher,
+        optimizer_compile_args={},
+        optimizers=lambda ctx: {"p": BootstrapFewShot(metric=tasks.exact), "w": BootstrapFinetune(metric=tasks.exact)},
+    )
+    walked = walk(routed, lm, tmp_path, "p -> w")
+    assert walked.step_error is None
+    assert not walked.program.flag_compilation_error_occurred
+    bootstrapped = next(c for c in walked.program.candidate_programs if c["strategy"] == "p")["program"].demos
+    assert sum(bool(demo.get("augmented")) for demo in bootstrapped) == 4
+
+
+def test_an_evaluation_that_fails_as_a_whole_is_an_error(lm: ServedLM, tmp_path: Path) -> None:
+    def broken(example: Any, prediction: Any, trace: Any = None) -> bool:
+        raise KeyError("no such field")
+
+    # DSPy: a metric that always raises gives a baseline of 0.
+    task = tasks.double(metric=broken, optimizers=lambda ctx: {"p": tasks.Demos()}, optimizer_compile_args={})
+    assign_lm(task.program, lm)
+    optimizer = dspy.BetterTogether(metric=broken, p=tasks.Demos())
+    examples = list(task.valset or ())
+    program = optimizer.compile(task.program, trainset=list(task.trainset), valset=examples, strategy="p", seed=0)
+    assert {candidate["score"] for candidate in program.candidate_programs} == {0.0}
+
+    # bt_ray: it raises.
+    with pytest.raises(Exception, match="Execution cancelled due to errors"):
+        walk(task, lm, tmp_path, "p")
+
+
+def test_a_lost_server_is_no_score(settings: dict[str, Any], tmp_path: Path) -> None:
+    gone = {**settings, "server": {**settings["server"], "env": {"SCRIPTED_START": "die"}}}
+    models = SlotModels(make_config(gone), tmp_path)
+
+    # DSPy: each example whose request failed scores 0, and so does the program.
+    nobody = dspy.LM("openai/x", api_base="http://127.0.0.1:9/v1", api_key="none", num_retries=0, engine="lm15", cache=False)
+    task = tasks.double(optimizers=lambda ctx: {"p": tasks.Demos()}, optimizer_compile_args={})
+    assign_lm(task.program, nobody)
+    examples = list(task.valset or ())
+    optimizer = dspy.BetterTogether(metric=tasks.exact, p=tasks.Demos())
+    program = optimizer.compile(
+        task.program, trainset=list(task.trainset), valset=examples, strategy="p", seed=0, max_errors=1000
+    )
+    assert {candidate["score"] for candidate in program.candidate_programs} == {0.0}
+
+    # bt_ray: the failure goes through DSPy, and ends the trial.
+    engine = ServedEngine(models, FailureLatch(), retries=1, timeout_s=5, max_connections=10)
+    served = served_lm(models.base, engine, make_config(gone).lm)
+    task = tasks.double(optimizers=lambda ctx: {"p": tasks.Demos()}, optimizer_compile_args={})
+    with pytest.raises(InfrastructureFailure, match="the engine found no memory"):
+        walk(task, served, tmp_path, "p", max_errors=1000)
+
+
+class Wrapped(dspy.Module):  # type: ignore[misc]
+    def __init__(self) -> None:
+        self.predict = dspy.Predict(tasks.Double)
+
+    def forward(self, question: str) -> Any:
+        return self.predict(question=question)
+
+
+def test_copies_of_a_fine_tuned_program_run_their_own_predictors(lm: ServedLM, tmp_path: Path) -> None:
+    # DSPy: after w, the program keeps a `forward` of its own, bound to the original.
+    program = Wrapped()
+    program.set_lm(lm)
+    trainset = tasks.examples(range(100, 104))
+    compiled = BootstrapFinetune(metric=None, num_threads=2).compile(program, trainset=trainset)
+    assert isinstance(compiled.__dict__["forward"], MethodType)
+
+    # bt_ray: it is dropped.
+    drop_traced_forward(compiled)
+    assert "forward" not in compiled.__dict__
+    task = tasks.double(program=Wrapped(), optimizer_compile_args={}, metric=tasks.exact, teacher=None)
+    task = tasks.double(
+        program=task.program,
+        optimizer_compile_args={"w": {"teacher": bt_ray.gold_label_teacher(task.program, task.trainset)}},
+    )
+    walked = walk(task, lm, tmp_path, "w")
+    assert all("forward" not in c["program"].__dict__ for c in walked.program.candidate_programs)
+
+
+def test_training_on_nothing_is_refused(lm: ServedLM, tmp_path: Path) -> None:
+    def nothing(example: Any, prediction: Any, trace: Any = None) -> bool:
+        return False
+
+    # DSPy: an empty training set is handed to the provider.
+    handed: list[Any] = []
+
+    class Provider(dspy.Provider):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.finetunable = True
+
+        def finetune(self, job: Any, model: str, train_data: Any, train_data_format: Any, train_kwargs: Any = None) -> str:
+            handed.append(train_data)
+            return model
+
+    plain = dspy.Predict(tasks.Double)
+    plain.set_lm(lm.copy(provider=Provider()))
+    BootstrapFinetune(metric=nothing, num_threads=2).compile(plain, trainset=tasks.examples(range(100, 104)))
+    assert handed == [[]]
+
+    # bt_ray: the strategy ends there, and says why.
+    task = tasks.double(metric=nothing, optimizers=lambda ctx: {"w": BootstrapFinetune(metric=nothing)})
+    walked = walk(task, lm, tmp_path, "w")
+    assert walked.step_error is not None
+    assert "filter left none of the 20 bootstrapped traces" in walked.step_error[0]
+
+
+class Pair(dspy.Module):  # type: ignore[misc]
+    def __init__(self) -> None:
+        self.first = dspy.Predict(tasks.Double)
+        self.second = dspy.Predict(tasks.Double)
+
+    def forward(self, question: str) -> Any:
+        self.first(question=question)
+        return self.second(question=question)
+
+
+def test_a_prompt_optimizer_is_refused_where_predictors_have_different_lms(lm: ServedLM, tmp_path: Path) -> None:
+    other = dspy.LM("openai/another-model", api_key="none")
+
+    # DSPy: the copies have no LM, so one LM answers for all predictors.
+    program = Pair()
+    program.first.lm, program.second.lm = lm, other
+    assert {predictor.lm for predictor in program.reset_copy().predictors()} == {None}
+
+    # bt_ray: the step is refused.
+    pair = Pair()
+    pair.second.lm = other
+    task = tasks.double(program=pair, valset=None, optimizer_compile_args={}, optimizers=lambda ctx: {"p": random_search()})
+    walked = walk(task, lm, tmp_path, "p", valset_ratio=0)
+    assert walked.step_error is not None
+    assert walked.step_error[0].startswith(TaskError.__name__)
+    assert "predictors use different LMs" in walked.step_error[0]

@@ -1,0 +1,36 @@
+"""`Models` on one slot of the test's own process: real child processes, no Ray."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bt_ray.config import SweepConfig, override_train
+from bt_ray.hosting import Conversation, FailureLatch
+from bt_ray.lm import ServedEngine, ServedLM, served_lm
+from bt_ray.local_models import LocalModels
+from bt_ray.weights import Weights, base_weights, new_weights_id
+
+
+class SlotModels(LocalModels):
+    """`LocalModels` that can fine-tune."""
+
+    def __init__(self, config: SweepConfig, work_dir: Path) -> None:
+        self.base = base_weights(config.model)
+        super().__init__({self.base.id: self.base}, config.server, work_dir / "logs")
+        self._config = config
+        self._work_dir = work_dir
+
+    def finetune(self, weights_id: str, conversations: Sequence[Conversation], train_kwargs: dict[str, Any]) -> Weights:
+        parent = self._weights[weights_id]
+        train = override_train(self._config.train, train_kwargs)
+        new_id = new_weights_id(parent)
+        trained = self._slot.train(
+            parent, new_id, conversations, train, seed=self._config.seed, output_dir=self._work_dir / "weights" / new_id
+        )
+        self._endpoint = None
+        self._weights[trained.id] = trained
+        return trained
+
+    def lm(self) -> ServedLM:
+        engine = ServedEngine(self, FailureLatch(), retries=1, timeout_s=30, max_connections=100)
+        return served_lm(self.base, engine, self._config.lm)

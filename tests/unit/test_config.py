@@ -1,0 +1,109 @@
+"""Settings: what a person writes, and the errors for what is wrong."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from bt_ray.config import SweepConfig, load_config, make_config, override_train
+from bt_ray.errors import ConfigError
+
+MINIMAL = {"task": "m:build", "model": "org/name", "strategies": ["p"]}
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "sweep.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"strategis": ["p"]}, "unknown key 'strategis'. Did you mean 'strategies'?"),
+        ({"lm": {"temprature": 1}}, "unknown key 'lm.temprature'. Did you mean 'temperature'?"),
+        ({"server": {"max_model_length": 1}}, "server: unknown key 'max_model_length'. Did you mean 'max_model_len'?"),
+        ({"server": {"cpu": 1}}, "server: unknown key 'cpu'. Did you mean 'cpus'?"),
+        ({"server": {"port": 80}}, "port is set by bt_ray itself"),
+        ({"server": {"api_key": "x"}}, "api_key is set by bt_ray itself"),
+        ({"server": {"gpus": 1.5}}, "above 1, a slot takes whole GPUs"),
+        ({"train": {"method": "qlora"}}, "train.method: Input should be 'lora' or 'full' (it is 'qlora')."),
+        ({"valset_ratio": 1}, "valset_ratio: Input should be less than 1 (it is 1)."),
+        ({"strategies": []}, "strategies: Tuple should have at least 1 item"),
+        ({"num_threads": 0}, "num_threads: Input should be greater than or equal to 1"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_the_nearest_right_one(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_config({**MINIMAL, **values})
+    assert message in str(caught.value)
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(ConfigError, match="'model' is missing"):
+        make_config({"task": "m:build", "strategies": ["p"]})
+
+
+def test_settings_are_frozen_and_survive_json() -> None:
+    config = make_config({**MINIMAL, "server": {"count": 2, "max_model_len": 2048, "command": ["a", "b"]}})
+    assert config.server.engine_options == {"max_model_len": 2048}
+    assert make_config(config.model_dump(mode="json")) == config
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 1  # type: ignore[misc]
+
+
+def test_assignments_reach_any_setting(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, 'task = "m:build"\nmodel = "org/name"\nstrategies = ["p"]\n[server]\nmax_model_len = 1\ncount = 2'
+    )
+    config = load_config(path, {}, ["server.max_model_len=2048", "train.learning_rate=1e-3", "model=org/other"])
+    assert config.server.engine_options == {"max_model_len": 2048}
+    assert config.server.count == 2, "the rest of the section stays"
+    assert config.train.learning_rate == 1e-3
+    assert config.model == "org/other"
+    with pytest.raises(ConfigError, match="write it as key=value"):
+        load_config(path, {}, ["seed"])
+
+
+def test_paths_in_the_file_are_relative_to_the_file_and_others_to_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    text = 'task = "task.py:build"\nmodel = "../models/m"\nstrategies = ["p"]\nrun_dir = "runs/x"'
+    path = write(tmp_path, text)
+    config = load_config(path)
+    assert config.task == f"{tmp_path}/task.py:build"
+    assert config.model == str(tmp_path.parent / "models/m")
+    assert config.run_dir == f"{tmp_path}/runs/x"
+    assert load_config(path, {"run_dir": "runs/y"}).run_dir == f"{tmp_path}/here/runs/y"
+
+
+def test_a_relative_path_is_refused_inside_a_job_unless_it_is_replaced(tmp_path: Path) -> None:
+    path = write(tmp_path, 'task = "task.py:build"\nmodel = "./m"\nstrategies = ["p"]')
+    with pytest.raises(ConfigError, match="model: ./m is relative. A job's working directory is a copy"):
+        load_config(path, refuse_relative=True)
+    with pytest.raises(ConfigError, match="run_dir: runs/x is relative"):
+        load_config(path, {"run_dir": "runs/x"}, ["model=/m"], refuse_relative=True)
+    assert load_config(path, {"run_dir": "/r"}, ["model=/m"], refuse_relative=True).model == "/m"
+
+
+def test_train_kwargs_of_an_optimizer_override_the_section() -> None:
+    train = SweepConfig.model_validate(MINIMAL).train
+    assert override_train(train, {"epochs": 9}).epochs == 9
+    with pytest.raises(ConfigError, match="train_kwargs: unknown key 'epoch'. Did you mean 'epochs'"):
+        override_train(train, {"epoch": 9})
+
+
+def test_concurrent_trials_never_exceed_the_servers() -> None:
+    strategies = ["p", "w", "p -> w"]
+    assert make_config({**MINIMAL, "strategies": strategies, "server": {"count": 2}}).concurrent_trials == 2
+    assert make_config({**MINIMAL, "strategies": strategies, "server": {"count": 8}}).concurrent_trials == 3
+    assert make_config({**MINIMAL, "strategies": strategies, "trial": {"max_concurrent": 1}}).concurrent_trials == 1
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("scripts/**/*.toml"), *ROOT.glob("cluster/**/*.toml")]), ids=str)
+def test_every_toml_that_ships_is_valid(path: Path) -> None:
+    tomllib.loads(path.read_text())
+    load_config(path)

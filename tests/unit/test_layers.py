@@ -1,0 +1,100 @@
+"""The layers of the design hold: who may import whom, and what importing bt_ray costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "bt_ray"
+
+# Each module may import from its own layer's earlier modules and from lower layers, as listed: nothing else.
+LAYERS: dict[str, set[str]] = {
+    "errors": set(),
+    "strategy": {"errors"},
+    "weights": {"errors"},
+    "events": set(),
+    "config": {"errors"},
+    "results": {"strategy"},
+    "run_directory": {"config", "errors", "results", "weights"},
+    "child": {"errors"},
+    "task": {"errors"},
+    "teachers": {"errors"},
+    "serving": {"child", "config", "errors", "weights"},
+    "training": {"child", "config", "errors", "weights"},
+    "slot": {"child", "config", "errors", "serving", "training", "weights"},
+    "hosting": {"errors", "serving", "weights"},
+    "lm": {"config", "errors", "hosting", "serving", "weights"},
+    "local_models": {"config", "errors", "hosting", "serving", "slot", "weights"},
+    "better_together": {"errors", "hosting", "lm", "strategy", "task"},
+    "best": {"config", "errors", "hosting", "lm", "local_models", "results", "task", "weights"},
+    "preflight": {"config", "errors", "hosting", "lm", "run_directory", "serving", "strategy", "task", "weights"},
+    "actors": {"config", "errors", "hosting", "serving", "slot", "weights"},
+    "trial": {"actors", "best", "better_together", "config", "errors", "hosting", "lm", "results", "strategy", "task", "weights"},
+    "driver": {
+        "actors", "best", "config", "errors", "events", "preflight", "results", "run_directory", "trial",
+    },
+    "report": {"events", "results", "strategy"},
+    "cli": {"config", "driver", "errors", "preflight", "report"},
+    "__init__": {"best", "config", "driver", "errors", "results", "task", "teachers"},
+}  # fmt: skip
+
+RAY_FREE = set(LAYERS) - {"actors", "trial", "driver", "cli", "__init__"}
+TORCH_FREE = {"torch", "trl", "peft", "transformers", "datasets", "accelerate"}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            assert node.module is not None
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_what_its_layer_may(path: Path) -> None:
+    part, allowed = part_of(path), LAYERS[part_of(path)]
+    for name in imports(path):
+        package, *rest = name.split(".")
+        if package == "bt_ray":
+            imported = rest[0] if rest else "__init__"
+            assert imported == part or imported in allowed, f"{part} may not import {name}"
+        elif package == "ray":
+            assert part not in RAY_FREE, f"{part} may not import ray"
+        elif package == "vllm":
+            assert path.name == "vllm_main.py", "vLLM is a child process"
+        elif package in TORCH_FREE:
+            assert path == PACKAGE / "training" / "main.py", f"only the training process imports {package}"
+
+
+def test_layers_have_no_upward_edge() -> None:
+    below: set[str] = set()
+    for part, allowed in LAYERS.items():
+        assert allowed <= below, f"{part} imports {allowed - below}, which stand above it"
+        below.add(part)
+
+
+def test_there_is_no_utils() -> None:
+    assert not [path for path in modules() if path.stem in {"utils", "helpers", "common", "misc"}]
+
+
+@pytest.mark.parametrize("module", ["bt_ray", *(f"bt_ray.{part}" for part in sorted(RAY_FREE - {"report"}))])
+def test_importing_a_lower_layer_loads_no_ray_and_no_torch(module: str) -> None:
+    heavy = sorted({"ray", "vllm"} | TORCH_FREE)
+    code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert printed.strip().splitlines()[-1] == "[]"
