@@ -98,7 +98,7 @@ def check_refusals(endpoint: Endpoint, weights_id: str) -> None:
         assert answer.status_code == 404, f"{route} is open to whoever has the token"
 
 
-def test_lora_is_merged_into_a_checkpoint_that_trains_on_the_completion_alone(
+def test_lora_is_merged_into_a_checkpoint(
     tiny_model: Path, slot: Slot, tmp_path: Path
 ) -> None:
     base = base_weights(str(tiny_model))

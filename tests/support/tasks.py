@@ -20,7 +20,7 @@ def examples(numbers: range) -> list[dspy.Example]:
     return [dspy.Example(question=f"number {n}", answer=str(2 * n)).with_inputs("question") for n in numbers]
 
 
-def exact(example: dspy.Example, prediction: Any, trace: Any = None) -> bool:
+def exact(example: dspy.Example, prediction: Any, trace: Any = None, *of_gepa: Any, **named: Any) -> bool:
     return bool(example.answer == prediction.answer)
 
 

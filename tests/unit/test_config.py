@@ -82,7 +82,7 @@ def test_paths_in_the_file_are_relative_to_the_file_and_others_to_the_current_di
 
 def test_a_relative_path_is_refused_inside_a_job_unless_it_is_replaced(tmp_path: Path) -> None:
     path = write(tmp_path, 'task = "task.py:build"\nmodel = "./m"\nstrategies = ["p"]')
-    with pytest.raises(ConfigError, match="model: ./m is relative. A job's working directory is a copy"):
+    with pytest.raises(ConfigError, match=r"model: \./m is relative\. A job's working directory is a copy"):
         load_config(path, refuse_relative=True)
     with pytest.raises(ConfigError, match="run_dir: runs/x is relative"):
         load_config(path, {"run_dir": "runs/x"}, ["model=/m"], refuse_relative=True)
@@ -92,7 +92,7 @@ def test_a_relative_path_is_refused_inside_a_job_unless_it_is_replaced(tmp_path:
 def test_train_kwargs_of_an_optimizer_override_the_section() -> None:
     train = SweepConfig.model_validate(MINIMAL).train
     assert override_train(train, {"epochs": 9}).epochs == 9
-    with pytest.raises(ConfigError, match="train_kwargs: unknown key 'epoch'. Did you mean 'epochs'"):
+    with pytest.raises(ConfigError, match=r"train_kwargs: unknown key 'epoch'\. Did you mean 'epochs'"):
         override_train(train, {"epoch": 9})
 
 

@@ -32,7 +32,9 @@ LAYERS: dict[str, set[str]] = {
     "best": {"config", "errors", "hosting", "lm", "local_models", "results", "task", "weights"},
     "preflight": {"config", "errors", "hosting", "lm", "run_directory", "serving", "strategy", "task", "weights"},
     "actors": {"config", "errors", "hosting", "serving", "slot", "weights"},
-    "trial": {"actors", "best", "better_together", "config", "errors", "hosting", "lm", "results", "strategy", "task", "weights"},
+    "trial": {
+        "actors", "best", "better_together", "config", "errors", "hosting", "lm", "results", "strategy", "task", "weights",
+    },
     "driver": {
         "actors", "best", "config", "errors", "events", "preflight", "results", "run_directory", "trial",
     },

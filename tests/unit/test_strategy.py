@@ -1,5 +1,7 @@
 """Strategies are read as DSPy reads them."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,7 +38,7 @@ def test_parsing_undoes_joining_and_prefixes_grow_by_one_step(keys: list[str]) -
     steps = prefixes(strategy)
     assert [length(step) for step in steps] == list(range(1, len(keys) + 1))
     assert steps[-1] == strategy
-    assert all(longer.startswith(shorter) for shorter, longer in zip(steps, steps[1:], strict=False))
+    assert all(longer.startswith(shorter) for shorter, longer in itertools.pairwise(steps))
 
 
 def test_a_strategy_given_twice_is_refused() -> None:

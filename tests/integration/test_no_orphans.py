@@ -1,0 +1,119 @@
+"""However a sweep ends, no model process is left; and a trial or server that is killed costs no result."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.processes import MarkedProcesses, wait_for
+
+SCORES = {"": 20.0, "p": 40.0, "p -> w": 70.0}
+
+
+def toml(values: dict[str, Any]) -> str:
+    """`values` as TOML: one level of tables, and `env` tables inside."""
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if not isinstance(value, dict)]
+    for name, table in values.items():
+        if isinstance(table, dict):
+            lines += [f"[{name}]", *(f"{key} = {inline(value)}" for key, value in table.items())]
+    return "\n".join(lines)
+
+
+def inline(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {json.dumps(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value)
+
+
+class RunningSweep:
+    """`bt-ray sweep` in a process of its own, with a Ray of its own, slow enough to be disturbed."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        env = {**settings["server"]["env"], "SCRIPTED_DELAY_S": "0.3", "SCRIPTED_TRAIN_S": "4"}
+        server = {**settings["server"], "count": 1, "cpus": 0.5, "env": env}
+        values = {**settings, "strategies": ["p -> w"], "server": server}
+        (folder / "sweep.toml").write_text(toml(values))
+        self.run_dir = Path(settings["run_dir"])
+        self.processes = MarkedProcesses()
+        self.output = folder / "output.txt"
+        command = [sys.executable, "-m", "bt_ray.cli", "sweep", str(folder / "sweep.toml")]
+        with self.output.open("w") as output:
+            self.driver = subprocess.Popen(command, stdout=output, stderr=output, env=self.processes.environment)
+
+    def await_phase(self, phase: str) -> None:
+        if phase == "serving":
+            requests = self.run_dir.parent / "requests.jsonl"
+            wait_for("requests", lambda: requests.exists() and len(requests.read_text().splitlines()) >= 4)
+        else:
+            wait_for("a training", lambda: self.processes.named("scripted_trainer.py"))
+        assert self.processes.models()
+
+    def kill(self, *names: str) -> None:
+        """SIGKILL the one process with this in its command line."""
+        (process,) = wait_for(f"one process of {names}", lambda: self.processes.named(*names))
+        process.kill()
+
+    def await_result(self) -> dict[str, float]:
+        """The score of each step, when the sweep has ended by itself."""
+        assert self.driver.wait(120) == 0, self.output.read_text()
+        result = json.loads((self.run_dir / "result.json").read_text())
+        assert [trial["error"] for trial in result["trials"]] == [None]
+        assert result["test_score"] == 70.0
+        return {candidate["prefix"]: candidate["score"] for candidate in result["trials"][0]["candidates"]}
+
+    def assert_nothing_is_left(self) -> None:
+        wait_for("all model processes to be gone", lambda: not self.processes.models(), 20)
+        wait_for("all other processes to be gone", lambda: not self.processes.all(), 60)
+
+
+@pytest.fixture
+def running(tmp_path: Path, settings: dict[str, Any]) -> Any:
+    sweep = RunningSweep(tmp_path, settings)
+    yield sweep
+    for process in sweep.processes.all():
+        process.kill()
+    sweep.driver.wait(20)
+
+
+@pytest.mark.parametrize("phase", ["serving", "training"])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_drivers_end_is_the_end_of_all(running: RunningSweep, phase: str, how: signal.Signals) -> None:
+    running.await_phase(phase)
+    running.driver.send_signal(how)
+    running.driver.wait(60)
+    if how == signal.SIGINT:
+        assert running.driver.returncode == 130
+        assert "error: Interrupted." in running.output.read_text()
+    running.assert_nothing_is_left()
+
+
+def trial_process(running: RunningSweep) -> None:
+    running.kill("ray::run_trial", "ray::ImplicitFunc")
+
+
+def model_server_actor(running: RunningSweep) -> None:
+    running.kill("ray::ModelServer")
+
+
+
+@pytest.mark.parametrize("phase", ["serving", "training"])
+@pytest.mark.parametrize("victim", [trial_process, model_server_actor])
+def test_a_killed_process_costs_no_result_and_leaves_nothing(
+    running: RunningSweep, phase: str, victim: Callable[[RunningSweep], None]
+) -> None:
+    running.await_phase(phase)
+    before = running.processes.models()
+    victim(running)
+    wait_for("its model processes to be gone", lambda: not any(process.is_running() for process in before), 20)
+    assert running.await_result() == SCORES
+    running.assert_nothing_is_left()
+
+
+def test_a_raylet_that_is_killed_leaves_nothing(running: RunningSweep) -> None:
+    running.await_phase("serving")
+    running.kill("raylet/raylet")
+    wait_for("all model processes to be gone", lambda: not running.processes.models(), 30)

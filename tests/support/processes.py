@@ -1,0 +1,58 @@
+"""Find and watch the processes that a test started, however indirectly: they all carry the test's mark."""
+
+import os
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import psutil
+
+T = TypeVar("T")
+MARK = "BT_RAY_TEST_RUN"
+MODEL_PROCESSES = ("scripted_server.py", "scripted_trainer.py", "vllm_main", "training.main", "keeper.py")
+
+
+@dataclass
+class MarkedProcesses:
+    """Processes whose environment carries one mark."""
+
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, MARK: self.mark}
+
+    def all(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def named(self, *parts: str) -> list[psutil.Process]:
+        found = []
+        for process in self.all():
+            try:
+                if any(part in " ".join(process.cmdline()) for part in parts):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def models(self) -> list[psutil.Process]:
+        """Servers, trainings and their keepers."""
+        return self.named(*MODEL_PROCESSES)
+
+
+def wait_for(what: str, look: Callable[[], T], timeout_s: float = 60) -> T:
+    """What `look` returns as soon as it is true."""
+    deadline = time.monotonic() + timeout_s
+    while not (seen := look()):
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
+        time.sleep(0.05)
+    return seen
