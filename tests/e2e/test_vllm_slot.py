@@ -98,9 +98,7 @@ def check_refusals(endpoint: Endpoint, weights_id: str) -> None:
         assert answer.status_code == 404, f"{route} is open to whoever has the token"
 
 
-def test_lora_is_merged_into_a_checkpoint(
-    tiny_model: Path, slot: Slot, tmp_path: Path
-) -> None:
+def test_lora_is_merged_into_a_checkpoint(tiny_model: Path, slot: Slot, tmp_path: Path) -> None:
     base = base_weights(str(tiny_model))
     conversations: list[dict[str, Any]] = [{"messages": [*QUESTION, {"role": "assistant", "content": ANSWER}]}] * 4
     config = TrainConfig(epochs=2, learning_rate=1e-3, batch_size=4)

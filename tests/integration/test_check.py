@@ -120,7 +120,11 @@ def test_a_missing_file_and_broken_toml(check: Checked) -> None:
     assert "not valid TOML" in check.refused(text="strategies = [")
     (check.folder / "sweep.toml").unlink()
     done = subprocess.run(
-        [sys.executable, "-m", "bt_ray.cli", "check", "none.toml"], capture_output=True, text=True, cwd=check.folder, check=False
+        [sys.executable, "-m", "bt_ray.cli", "check", "none.toml"],
+        capture_output=True,
+        text=True,
+        cwd=check.folder,
+        check=False,
     )
     assert done.returncode == 2
     assert "none.toml: cannot be read" in done.stderr

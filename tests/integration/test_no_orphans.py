@@ -10,23 +10,9 @@ from typing import Any
 
 import pytest
 from support.processes import MarkedProcesses, wait_for
+from support.sweep_files import toml
 
 SCORES = {"": 20.0, "p": 40.0, "p -> w": 70.0}
-
-
-def toml(values: dict[str, Any]) -> str:
-    """`values` as TOML: one level of tables, and `env` tables inside."""
-    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if not isinstance(value, dict)]
-    for name, table in values.items():
-        if isinstance(table, dict):
-            lines += [f"[{name}]", *(f"{key} = {inline(value)}" for key, value in table.items())]
-    return "\n".join(lines)
-
-
-def inline(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {json.dumps(item)}" for key, item in value.items()) + "}"
-    return json.dumps(value)
 
 
 class RunningSweep:
@@ -97,7 +83,6 @@ def trial_process(running: RunningSweep) -> None:
 
 def model_server_actor(running: RunningSweep) -> None:
     running.kill("ray::ModelServer")
-
 
 
 @pytest.mark.parametrize("phase", ["serving", "training"])

@@ -118,7 +118,7 @@ def by_bt_ray(task: Task, lm: ServedLM, arguments: dict[str, Any]) -> tuple[dspy
         task,
         lm,
         seed=SEED,
-        scratch_dir=Path(dspy.settings.get("scratch", "/tmp/bt_ray_parity")),
+        scratch_dir=engine.models.work_dir / "scratch",
         latch=engine.latch,
         engine=engine,
         on_step=outcomes.append,

@@ -18,14 +18,14 @@ class SlotModels(LocalModels):
         self.base = base_weights(config.model)
         super().__init__({self.base.id: self.base}, config.server, work_dir / "logs")
         self._config = config
-        self._work_dir = work_dir
+        self.work_dir = work_dir
 
     def finetune(self, weights_id: str, conversations: Sequence[Conversation], train_kwargs: dict[str, Any]) -> Weights:
         parent = self._weights[weights_id]
         train = override_train(self._config.train, train_kwargs)
         new_id = new_weights_id(parent)
         trained = self._slot.train(
-            parent, new_id, conversations, train, seed=self._config.seed, output_dir=self._work_dir / "weights" / new_id
+            parent, new_id, conversations, train, seed=self._config.seed, output_dir=self.work_dir / "weights" / new_id
         )
         self._endpoint = None
         self._weights[trained.id] = trained

@@ -1,6 +1,14 @@
 """Suggestions and the exception tree."""
 
-from bt_ray.errors import BtRayError, InfrastructureError, InfrastructureFailure, ServerError, TaskError, TrainingError, nearest
+from bt_ray.errors import (
+    BtRayError,
+    InfrastructureError,
+    InfrastructureFailure,
+    ServerError,
+    TaskError,
+    TrainingError,
+    nearest,
+)
 
 
 def test_the_nearest_word_is_suggested_and_nothing_for_a_stranger() -> None:
