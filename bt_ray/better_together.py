@@ -24,6 +24,7 @@ from bt_ray.hosting import FailureLatch
 from bt_ray.lm import STEP_SETTING, EmptyTrainingSet, ServedEngine
 from bt_ray.strategy import BASELINE, SEPARATOR
 from bt_ray.task import StepContext, Task
+from bt_ray.teachers import stand_in_for
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
             with self._step(current_strategy), dspy.context(lm=lm):
                 optimizers = self._task.build_optimizers(self._context(current_strategy, lm))
                 optimizer, compile_args = optimizers[key], self._task.compile_args(optimizers).get(key, {})
+                stand_in_for(student, compile_args.get("teacher"))
                 refuse_optimizer_that_mixes_lms(optimizer, student)
                 before = len(candidate_programs)
                 outcome: tuple[dspy.Module, float | None, bool, bool] = super()._run_and_evaluate_step(

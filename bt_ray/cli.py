@@ -103,11 +103,13 @@ def sweep(
         config = _load(file, strategy, run_dir, assignments)
         from bt_ray.driver import run_sweep
         from bt_ray.report.progress import Progress
-        from bt_ray.report.table import result_table
+        from bt_ray.report.table import closing_lines, result_table
 
         with Progress(console, config.strategies) as progress:
             result = run_sweep(config, address=address, listener=progress)
         console.print(result_table(result))
+        for line in closing_lines(result):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     if all(trial.error for trial in result.trials):
         raise typer.Exit(EXIT_FAILED)
 
@@ -134,17 +136,17 @@ def _resource_warnings(config: SweepConfig, address: str | None) -> list[str]:
         try:
             if config.server.gpus:
                 return ["No --address: whether the cluster has the GPUs is not checked."]
-            check_resources(config, [here], grows=False)
+            check_resources(config, [here])
         except ResourcesError as error:
             return [f"On this machine alone: {error}"]
         return []
     import ray
 
-    from bt_ray.driver import cluster_grows, connected
+    from bt_ray.driver import connected
 
     with connected(address, lambda event: None):
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        return check_resources(config, nodes, grows=cluster_grows())
+        return check_resources(config, nodes)
 
 
 @contextmanager

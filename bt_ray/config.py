@@ -160,6 +160,8 @@ class SweepConfig(Section):
     """Share of the trainset held out for validation when the task has no valset. 0: no validation."""
     shuffle_trainset_between_steps: bool = True
     provide_traceback: bool | None = None
+    autoscaling: bool = False
+    """Whether the cluster adds nodes by itself: what it lacks is then waited for, and else an error at once."""
     lm: LMConfig = LMConfig()
     server: ServerConfig = ServerConfig()
     train: TrainConfig = TrainConfig()
@@ -210,10 +212,8 @@ def load_config(
     for assignment in assignments:
         _assign(given, assignment)
     from_file = {key: value for key, value in values.items() if key not in given or isinstance(value, dict)}
-    for part, base in ((from_file, path.parent), (given, Path.cwd())):
-        if refuse_relative:
-            _refuse_relative_paths(part, base)
-        _resolve_paths(part, base)
+    from_file = with_absolute_paths(from_file, path.parent, refuse_relative=refuse_relative)
+    given = with_absolute_paths(given, Path.cwd(), refuse_relative=refuse_relative)
     return make_config(_merged(from_file, given), source=str(path))
 
 
@@ -241,9 +241,20 @@ def override_train(train: TrainConfig, overrides: Mapping[str, Any] | None) -> T
         raise ConfigError(f"train_kwargs: {_first_problem(error, TrainConfig)}") from None
 
 
-def _resolve_paths(values: dict[str, Any], base: Path) -> None:
-    """Make the relative paths in `values` absolute: what they mean depends on where they were written."""
-    base = base.resolve()
+def with_absolute_paths(given: Mapping[str, Any], base: Path, *, refuse_relative: bool = False) -> dict[str, Any]:
+    """`given` with its relative paths made absolute: what they mean depends on where they were written.
+
+    Args:
+        given: Values of settings.
+        base: What relative paths are relative to.
+        refuse_relative: Whether a relative `model` or `run_dir` is an error, as inside a Ray job.
+
+    Raises:
+        ConfigError: A path was refused.
+    """
+    base, values = base.resolve(), dict(given)
+    if refuse_relative:
+        _refuse_relative_paths(values, base)
     task = values.get("task")
     if isinstance(task, str) and task.rpartition(":")[0].endswith(".py"):
         values["task"] = str(base / task)
@@ -252,6 +263,7 @@ def _resolve_paths(values: dict[str, Any], base: Path) -> None:
     run_dir = values.get("run_dir")
     if isinstance(run_dir, str) and "://" not in run_dir:
         values["run_dir"] = str((base / Path(run_dir).expanduser()).resolve())
+    return values
 
 
 def _refuse_relative_paths(values: Mapping[str, Any], base: Path) -> None:

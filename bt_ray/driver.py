@@ -1,6 +1,7 @@
 """The driver of a sweep: check, place the servers, let Ray Tune run the trials, rank, keep the best, test it."""
 
 import json
+import logging
 import os
 import secrets
 import threading
@@ -11,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bt_ray.config import SweepConfig, make_config
+from bt_ray.config import SweepConfig, make_config, with_absolute_paths
 from bt_ray.errors import BtRayError, ConfigError, InfrastructureError, ResourcesError
 from bt_ray.events import Event, ServerChanged, Stage, StepFinished, TrialEnded, TrialStarted
 from bt_ray.results import SweepResult, TrialResult, write_json
@@ -40,7 +41,7 @@ def sweep(
 
     Args:
         task: `"module:function"` or `"path/to/file.py:function"`; replaces `config`'s.
-        config: The settings, or their values as in `sweep.toml`.
+        config: The settings, or their values as in `sweep.toml`. Relative paths are relative to the current directory.
         run_dir: Where everything is kept; replaces `config`'s. Default: a new folder below `runs/`.
         address: The Ray cluster; default: the one that `RAY_ADDRESS` or the job names, else one of its own.
         listener: Told what happens, from several threads.
@@ -49,8 +50,11 @@ def sweep(
         BtRayError: The sweep cannot start, or the servers cannot be had. A strategy that fails does not raise: it is a
             row of the result with its error.
     """
+    from bt_ray.preflight import inside_job
+
     values = config.model_dump() if isinstance(config, SweepConfig) else dict(config)
     values |= {"task": task} | ({"run_dir": str(run_dir)} if run_dir is not None else {})
+    values = with_absolute_paths(values, Path.cwd(), refuse_relative=inside_job())
     return run_sweep(make_config(values), address=address, listener=listener)
 
 
@@ -156,7 +160,7 @@ def placed_servers(config: SweepConfig, run_dir: Path, tell: Listener) -> Iterat
     from bt_ray.preflight import check_resources
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for warning in check_resources(config, nodes, grows=cluster_grows()):
+    for warning in check_resources(config, nodes):
         tell(Stage(warning))
     token, slot = secrets.token_urlsafe(32), config.server
     tell(Stage(f"Placing {slot.count} model server{'s' if slot.count > 1 else ''}"))
@@ -198,15 +202,6 @@ def _stop(servers: Sequence[Any]) -> None:
         return
 
 
-def cluster_grows() -> bool:
-    """Whether an autoscaler adds nodes to this cluster."""
-    from ray.autoscaler._private.constants import AUTOSCALER_UPDATE_INTERVAL_S  # noqa: F401
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    status = _internal_kv_get(b"__autoscaling_config")
-    return bool(status)
-
-
 def _run_trials(setup: Any, tell: Listener) -> tuple[TrialResult, ...]:
     """One Ray Tune trial for each strategy; what they found, in the order of the strategies."""
     from ray import tune
@@ -229,6 +224,8 @@ def _run_trials(setup: Any, tell: Listener) -> tuple[TrialResult, ...]:
             callbacks=[_tune_callback(tell)],
         ),
     )
+    # It warns that the files of the loggers are missing, which DRIVER_ENVIRONMENT switched off.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     errors = {}
     for outcome in tuner.fit():
         if outcome.error is not None and outcome.config is not None:

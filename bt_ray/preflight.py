@@ -97,16 +97,15 @@ def _check_validation(task: Task, config: SweepConfig) -> tuple[int, int, int]:
     return train - held_out, held_out, test
 
 
-def check_resources(config: SweepConfig, nodes: Sequence[Mapping[str, float]], *, grows: bool) -> list[str]:
+def check_resources(config: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> list[str]:
     """Check that a cluster can ever hold the sweep's servers and one trial.
 
     Args:
         config: The sweep's settings.
         nodes: The total resources of each node (`"CPU"`, `"GPU"`).
-        grows: Whether the cluster can add nodes; what is missing is then a warning.
 
     Returns:
-        Warnings.
+        Warnings: what is missing now, where `autoscaling` says that the cluster adds nodes.
 
     Raises:
         ResourcesError: A fixed cluster can never give it; the message names what is missing.
@@ -114,9 +113,9 @@ def check_resources(config: SweepConfig, nodes: Sequence[Mapping[str, float]], *
     missing = _missing(config, nodes)
     if missing is None:
         return []
-    if grows:
-        return [f"{missing} The cluster can grow, so the sweep waits for it."]
-    raise ResourcesError(missing)
+    if config.autoscaling:
+        return [f"{missing} The sweep waits for the cluster to grow."]
+    raise ResourcesError(f"{missing} (If the cluster adds nodes by itself: autoscaling = true.)")
 
 
 def _missing(config: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:

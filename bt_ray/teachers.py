@@ -13,7 +13,8 @@ def gold_label_teacher(program: dspy.Module, examples: Sequence[dspy.Example]) -
 
     For a model that is too weak to bootstrap itself: `BootstrapFinetune` then trains on the labels, and
     `BootstrapFewShot` makes demos of them. It can only stand in for a program with one predictor whose inputs and
-    outputs are fields of every example.
+    outputs are fields of every example. In each step it takes over the student's demos (`stand_in_for`), so that the
+    prompts trained on are those that the program will be asked with.
 
     Args:
         program: The student.
@@ -41,6 +42,19 @@ def gold_label_teacher(program: dspy.Module, examples: Sequence[dspy.Example]) -
         teacher.map_named_predictors(lambda copied: LabelledPredict(copied, examples))
     teacher._compiled = True  # optimizers must not give it demos: it uses no prompt
     return teacher
+
+
+def stand_in_for(student: dspy.Module, teacher: Any) -> None:
+    """Give the student's demos to each gold-label teacher in `teacher`, a program or a list of them.
+
+    `BootstrapFinetune` builds its training prompts with the teacher's demos and leaves the student its own: without this
+    a program would be fine-tuned on prompts without demos, and then asked with them.
+    """
+    for program in teacher if isinstance(teacher, list) else [teacher]:
+        if isinstance(program, dspy.Module):
+            for copied, own in zip(program.predictors(), student.predictors(), strict=True):
+                if isinstance(copied, LabelledPredict):
+                    copied.demos = list(own.demos)
 
 
 class LabelledPredict(dspy.Predict):  # type: ignore[misc]

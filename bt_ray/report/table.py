@@ -1,6 +1,5 @@
 """The table at the end of a sweep."""
 
-from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -8,8 +7,8 @@ from bt_ray.results import Candidate, SweepResult
 from bt_ray.strategy import length
 
 
-def result_table(result: SweepResult) -> RenderableType:
-    """Every strategy with the scores of its steps, the best marked; below it the winner and its test score."""
+def result_table(result: SweepResult) -> Table:
+    """Every strategy with the scores of its steps, the best in bold."""
     table = Table(title="Scores on the valset, in percent", title_justify="left")
     table.add_column("strategy", no_wrap=True)
     steps = max((length(trial.strategy) for trial in result.trials), default=0)
@@ -26,7 +25,7 @@ def result_table(result: SweepResult) -> RenderableType:
         best = percent(trial.best.score) if trial.best else "-"
         error = trial.error.splitlines()[0] if trial.error else ""
         table.add_row(trial.strategy, *scores, best, f"{minutes:.1f}", Text(error))
-    return Group(table, *map(Text, closing_lines(result)))
+    return table
 
 
 def closing_lines(result: SweepResult) -> list[str]:

@@ -58,8 +58,8 @@ def build() -> bt_ray.Task:
             "p": BootstrapFewShotWithRandomSearch(
                 metric=exact_match,
                 max_bootstrapped_demos=1,
-                max_labeled_demos=3,
-                num_candidate_programs=2,
+                max_labeled_demos=2,
+                num_candidate_programs=1,
                 max_errors=1000,
             ),
             "w": BootstrapFinetune(metric=exact_match),

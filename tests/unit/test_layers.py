@@ -28,7 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "hosting": {"errors", "serving", "weights"},
     "lm": {"config", "errors", "hosting", "serving", "weights"},
     "local_models": {"config", "errors", "hosting", "serving", "slot", "weights"},
-    "better_together": {"errors", "hosting", "lm", "strategy", "task"},
+    "better_together": {"errors", "hosting", "lm", "strategy", "task", "teachers"},
     "best": {"config", "errors", "hosting", "lm", "local_models", "results", "task", "weights"},
     "preflight": {"config", "errors", "hosting", "lm", "run_directory", "serving", "strategy", "task", "weights"},
     "actors": {"config", "errors", "hosting", "serving", "slot", "weights"},
