@@ -62,7 +62,7 @@ def keep_best(best: Candidate, run_dir: Path, base: Weights, config: SweepConfig
         "score": best.score,
         "predictors": best.weights,
         "weights": {base.id: base.path, **fine_tuned},
-        "config": config.model_dump(mode="json"),
+        "config": config.without_secrets(),
         "versions": {name: version(name) for name in VERSIONED},
     }
     write_json(part / MANIFEST, manifest)

@@ -151,7 +151,7 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         score = None
         self._example_scores = ()
         if valset:
-            result = dspy.Evaluate(
+            evaluate = dspy.Evaluate(
                 devset=valset,
                 metric=self.metric,
                 num_threads=num_threads,
@@ -159,7 +159,12 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
                 display_table=False,
                 display_progress=False,
                 provide_traceback=provide_traceback,
-            )(program)
+            )
+            try:
+                result = evaluate(program)
+            except Exception as error:
+                self._latch.check()
+                raise _stopped_evaluation(error, effective_max_errors) from error
             score = result.score
             self._example_scores = tuple(float(example_score) for _, _, example_score in result.results)
         self._latch.check()
@@ -213,6 +218,17 @@ def drop_traced_forward(program: dspy.Module) -> None:
     forward = program.__dict__.get("forward")
     if isinstance(forward, MethodType) and forward.__func__ is getattr(type(program), "forward", None):
         del program.__dict__["forward"]
+
+
+def _stopped_evaluation(error: Exception, max_errors: int | None) -> Exception:
+    """DSPy's error for an evaluation with too many failed examples, in words that say what to do; any other as it is."""
+    if "Execution cancelled" not in str(error):
+        return error
+    limit = dspy.settings.max_errors if max_errors is None else max_errors
+    return TaskError(
+        f"The evaluation was stopped after {limit} failed examples (max_errors): the metric raised, or answers did not "
+        f"parse. The trial's log has them. If the model is only weak, set max_errors higher. DSPy says: {error}"
+    )
 
 
 def _without_data(error: EmptyTrainingSet, compile_args: dict[str, Any], trainset: Sequence[dspy.Example]) -> TaskError:

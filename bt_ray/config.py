@@ -172,6 +172,10 @@ class SweepConfig(Section):
     def _strategies(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
+    def without_secrets(self) -> dict[str, Any]:
+        """The settings as JSON, to be kept. `server.env` may hold secrets and is left out."""
+        return self.model_dump(mode="json", exclude={"server": {"env"}})
+
     @property
     def concurrent_trials(self) -> int:
         """Trials at a time: a trial holds one server while it lives, so never more than servers."""

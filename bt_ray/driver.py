@@ -252,12 +252,14 @@ def _read_trial(setup: Any, strategy: str, error: Exception | None) -> TrialResu
 def _tested(result: SweepResult, setup: Any, tell: Listener) -> SweepResult:
     import ray
 
-    from bt_ray.trial import evaluate_on_testset
+    from bt_ray.trial import TestEvaluation
 
     tell(Stage("Scoring the best program on the testset"))
-    options = {"num_cpus": setup.config.trial.cpus, "max_retries": setup.config.trial.max_failures}
+    again = setup.config.trial.max_failures
+    options = {"num_cpus": setup.config.trial.cpus, "max_restarts": again, "max_task_retries": again}
+    evaluation = TestEvaluation.options(**options).remote()  # type: ignore[attr-defined]
     try:
-        score, example_scores = ray.get(evaluate_on_testset.options(**options).remote(setup, result.best))
+        score, example_scores = ray.get(evaluation.score.remote(setup, result.best))
     except ray.exceptions.RayError as error:
         if isinstance(cause := getattr(error, "cause", None), BtRayError):
             raise cause from error

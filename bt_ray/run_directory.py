@@ -57,4 +57,4 @@ def prepare_run_directory(run_dir: Path, config: SweepConfig, base: Weights) -> 
     shutil.rmtree(run_dir / "trials", ignore_errors=True)
     shutil.rmtree(run_dir / "tune", ignore_errors=True)
     write_json(run_dir / IDENTITY, identity(config, base))
-    write_json(run_dir / CONFIG, config.model_dump(mode="json"))
+    write_json(run_dir / CONFIG, config.without_secrets())

@@ -104,9 +104,16 @@ def _walk(strategy: str, setup: TrialSetup, trial_dir: Path, recorder: "_Recorde
         return optimizer.step_error
 
 
-@ray.remote  # type: ignore[untyped-decorator]
-def evaluate_on_testset(setup: TrialSetup, best: Candidate) -> tuple[float, tuple[float, ...]]:
-    """The best program's score on the task's testset, in percent, and the metric's value for each example."""
+@ray.remote
+class TestEvaluation:
+    """Evaluates the best program on the testset. An actor, because the pool takes back what a dead actor leased."""
+
+    def score(self, setup: TrialSetup, best: Candidate) -> tuple[float, tuple[float, ...]]:
+        """The program's score on the task's testset, in percent, and the metric's value for each example."""
+        return _evaluate_on_testset(setup, best)
+
+
+def _evaluate_on_testset(setup: TrialSetup, best: Candidate) -> tuple[float, tuple[float, ...]]:
     import dspy
 
     from bt_ray.best import load_state

@@ -4,6 +4,7 @@ A trial leases a server on its first request and keeps up to `quota` of them. Re
 serves wait until one has no request under way, and that one is relaunched on those weights.
 """
 
+import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -40,7 +41,7 @@ class LeasedModels:
     """`bt_ray.hosting.Models` for one trial.
 
     Args:
-        holder: The trial's id.
+        holder: The trial's name.
         pool: The sweep's pool.
         servers: The sweep's model servers.
         base: The student's base weights.
@@ -59,7 +60,7 @@ class LeasedModels:
         config: SweepConfig,
         weights_dir: Path,
     ) -> None:
-        self._holder = holder
+        self._holder = f"{holder}#{secrets.token_hex(4)}"  # a trial that is run again is another holder
         self._pool = pool
         self._servers = servers
         self._config = config

@@ -41,7 +41,7 @@ class ServerPool:
         """Lease a server to `holder`, waiting until one is free.
 
         Args:
-            holder: The trial's id.
+            holder: The trial's name, `#`, and what tells this run of it from any other.
             holder_actor: The trial's own actor in a list (Ray would await a bare handle); the lease ends when it dies.
             weights_id: What it will ask for first.
         """
@@ -60,8 +60,8 @@ class ServerPool:
             self._grant()
 
     async def status(self) -> list[str | None]:
-        """The holder of each server, None where it is free."""
-        return list(self._holders)
+        """The name of each server's holder, None where it is free."""
+        return [holder and holder.partition("#")[0] for holder in self._holders]
 
     def _grant(self) -> None:
         while self._waiting and (free := [i for i, holder in enumerate(self._holders) if holder is None]):

@@ -98,6 +98,12 @@ def test_a_killed_process_costs_no_result_and_leaves_nothing(
     running.assert_nothing_is_left()
 
 
+def test_a_killed_test_of_the_winner_is_run_again(running: RunningSweep) -> None:
+    running.kill("ray::TestEvaluation.score")
+    assert running.await_result() == SCORES
+    running.assert_nothing_is_left()
+
+
 def test_a_raylet_that_is_killed_leaves_nothing(running: RunningSweep) -> None:
     running.await_phase("serving")
     running.kill("raylet/raylet")

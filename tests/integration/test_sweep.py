@@ -84,7 +84,7 @@ def test_a_metric_that_raises_is_an_error_and_no_score_of_0(settings: dict[str, 
     result = sweep(settings, task=f"{SUPPORT / 'tasks.py'}:broken_metric", strategies=["p"])
     (trial,) = result.trials
     assert trial.candidates == ()
-    assert "cancelled due to errors" in (trial.error or "")
+    assert "stopped after 10 failed examples (max_errors)" in (trial.error or "")
     assert result.best is None
 
 
