@@ -9,6 +9,7 @@ from typing import Self
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from bt_ray.events import Event, ServerChanged, Stage, StepFinished, TrialEnded, TrialStarted
 from bt_ray.report.table import percent
@@ -118,10 +119,10 @@ class Progress:
             for row in self._rows.values():
                 running = row.state.startswith("step")
                 lasted = f"{time.time() - row.step_started:.0f} s" if running else ""
-                trials.add_row(row.strategy, " -> ".join(row.scores), row.state, lasted)
+                trials.add_row(*map(Text, (row.strategy, ", ".join(row.scores), row.state, lasted)))
             servers = Table(box=None, pad_edge=False)
             for column in ("server", "state", "weights", "held by", "progress"):
                 servers.add_column(column)
             for index, seen in sorted(self._servers.items()):
-                servers.add_row(str(index), seen.state, seen.weights_id or "", seen.holder or "", seen.detail)
-            return Group(f"[{self._clock()}] {self._stage}", trials, "", servers)
+                servers.add_row(*map(Text, (str(index), seen.state, seen.weights_id or "", seen.holder or "", seen.detail)))
+            return Group(Text(f"[{self._clock()}] {self._stage}"), trials, "", servers)

@@ -24,7 +24,7 @@ def result_table(result: SweepResult) -> Table:
         minutes = sum(candidate.seconds for candidate in trial.candidates) / 60
         best = percent(trial.best.score) if trial.best else "-"
         error = trial.error.splitlines()[0] if trial.error else ""
-        table.add_row(trial.strategy, *scores, best, f"{minutes:.1f}", Text(error))
+        table.add_row(Text(trial.strategy), *scores, best, f"{minutes:.1f}", Text(error))
     return table
 
 

@@ -1,0 +1,68 @@
+"""Progress and table, drawn on a console without a machine behind it."""
+
+import io
+
+from rich.console import Console
+
+from bt_ray.events import ServerChanged, Stage, StepFinished, TrialEnded, TrialStarted
+from bt_ray.report.progress import Progress
+from bt_ray.report.table import closing_lines, result_table
+from bt_ray.results import Candidate, SweepResult, TrialResult
+
+STRATEGIES = ("p -> w", "w [x]")
+EVENTS = [
+    Stage("Running 2 strategies"),
+    TrialStarted("p -> w"),
+    TrialStarted("w [x]"),
+    StepFinished("p -> w", "", 0.0, 0.0, 12.0),
+    ServerChanged(0, "training", "m-ft-1", "trial p -> w", "step 3/100, loss 0.3"),
+    ServerChanged(0, "training", "m-ft-1", "trial p -> w", "step 4/100, loss 0.2"),
+    StepFinished("p -> w", "p", 36.0, 36.0, 100.0),
+    TrialEnded("w [x]", "RuntimeError: no [y]"),
+]
+
+
+def shown(*, terminal: bool) -> str:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=terminal, width=120, color_system=None)
+    with Progress(console, STRATEGIES) as progress:
+        for event in EVENTS:
+            progress(event)
+    return output.getvalue()
+
+
+def test_without_a_terminal_each_event_is_a_plain_line() -> None:
+    lines = [line.partition("] ")[2] for line in shown(terminal=False).splitlines()]
+    assert lines == [
+        "Running 2 strategies",
+        'strategy "p -> w": started',
+        'strategy "w [x]": started',
+        'strategy "p -> w": baseline 0.0 % (best 0.0 %) in 12 s',
+        "server 0: training m-ft-1 for trial p -> w, step 3/100, loss 0.3",
+        'strategy "p -> w": step p 36.0 % (best 36.0 %) in 100 s',
+        'strategy "w [x]": ended early: RuntimeError: no [y]',
+    ]
+
+
+def test_in_a_terminal_a_live_table_shows_every_trial_and_server() -> None:
+    text = shown(terminal=True)
+    for part in ("Running 2 strategies", "0.0 %, 36.0 %", "step p -> w", "ended early: RuntimeError: no [y]", "step 4/100"):
+        assert part in text
+
+
+def test_the_table_has_a_row_for_each_strategy_and_words_for_the_winner() -> None:
+    def candidate(prefix: str, score: float) -> Candidate:
+        return Candidate("p -> w", prefix, score, (), 0.0, 60.0, {}, "program.json")
+
+    done = TrialResult("p -> w", (candidate("", 0.0), candidate("p", 36.0), candidate("p -> w", 96.0)))
+    failed = TrialResult("w [x]", (), "RuntimeError: no [y]\nmore", "Traceback ...")
+    result = SweepResult("/runs/x", (done, failed), 120.0, test_score=94.0, test_example_scores=(1.0,) * 50)
+    output = io.StringIO()
+    Console(file=output, width=120, color_system=None).print(result_table(result))
+    assert "│ p -> w   │    0.0 % │ 36.0 % │ 96.0 % │ 96.0 % │     3.0 │" in output.getvalue()
+    assert "RuntimeError: no [y]" in output.getvalue()
+    assert closing_lines(result)[:2] == [
+        'Best program: "p -> w", 96.0 % on the valset.',
+        "On the testset, 50 examples that no step saw, evaluated once: 94.0 %.",
+    ]
+    assert closing_lines(SweepResult("/runs/x", (failed,), 1.0)) == ["No strategy got as far as its baseline."]
