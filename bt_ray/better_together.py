@@ -120,21 +120,19 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
                 optimizer, compile_args = optimizers[key], self._task.compile_args(optimizers).get(key, {})
                 stand_in_for(student, compile_args.get("teacher"))
                 refuse_optimizer_that_mixes_lms(optimizer, student)
-                before = len(candidate_programs)
                 outcome: tuple[dspy.Module, float | None, bool, bool] = super()._run_and_evaluate_step(
                     optimizer, student, teacher, trainset, valset, compile_args, candidate_programs, current_strategy, *rest
                 )
-                assert len(candidate_programs) == before + 1
+            self._latch.check()
+            compiled, score, _, _ = outcome
+            seconds = time.time() - started
+            self._on_step(StepOutcome(current_strategy, compiled, score, self._example_scores, started, seconds))
         except Exception as error:
             self._latch.check()
             if isinstance(error, EmptyTrainingSet):
                 error = _without_data(error, compile_args, trainset)
             self.step_error = (f"{type(error).__name__}: {error}", traceback.format_exc())
             raise error
-        self._latch.check()
-        student, score, _, _ = outcome
-        seconds = time.time() - started
-        self._on_step(StepOutcome(current_strategy, student, score, self._example_scores, started, seconds))
         return outcome
 
     def _evaluate_on_valset(
