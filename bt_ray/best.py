@@ -11,7 +11,7 @@ from pathlib import Path
 import dspy
 
 from bt_ray.config import SweepConfig, make_config
-from bt_ray.errors import BtRayError, ConfigError
+from bt_ray.errors import BtRayError, ConfigError, TaskError
 from bt_ray.hosting import FailureLatch
 from bt_ray.lm import ServedEngine, ServedLM, served_lm
 from bt_ray.local_models import LocalModels
@@ -70,7 +70,7 @@ def keep_best(best: Candidate, run_dir: Path, base: Weights, config: SweepConfig
     part.rename(folder)
 
 
-def load(folder: str | Path) -> dspy.Module:
+def load(folder: str | Path, task: str | None = None) -> dspy.Module:
     """The best program of a sweep, ready to answer.
 
     Its model server starts on this machine with the first request, and ends with this process, or with
@@ -78,6 +78,8 @@ def load(folder: str | Path) -> dspy.Module:
 
     Args:
         folder: A sweep's `best` folder.
+        task: Where the task is now, `"path/to/task.py:build"`, if it is no longer where the sweep found it: a job's working
+            directory, for one, goes away with the job.
 
     Raises:
         BtRayError: The folder holds no finished program, or what it refers to is gone.
@@ -88,7 +90,7 @@ def load(folder: str | Path) -> dspy.Module:
     except FileNotFoundError:
         raise ConfigError(f"{folder} holds no {MANIFEST}: it is no finished `best` folder of a sweep.") from None
     config = make_config(manifest["config"], source=str(folder / MANIFEST))
-    program = load_task(manifest["task"]).program
+    program = _load_program(task or manifest["task"])
     weights = {i: Weights(i, _locate(folder, path)) for i, path in manifest["weights"].items()}
     models = LocalModels(weights, config.server, folder.parent / "logs")
     lms = local_lms(models, weights, config)
@@ -97,6 +99,13 @@ def load(folder: str | Path) -> dspy.Module:
             predictor.lm = lms[manifest["predictors"][name]]
     load_state(program, folder / PROGRAM)
     return program
+
+
+def _load_program(task: str) -> dspy.Module:
+    try:
+        return load_task(task).program
+    except TaskError as error:
+        raise TaskError(f'{error} If the task is elsewhere now: bt_ray.load(..., task="path/to/task.py:build").') from error
 
 
 def local_lms(models: LocalModels, weights: dict[str, Weights], config: SweepConfig) -> dict[str, ServedLM]:

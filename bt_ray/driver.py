@@ -79,10 +79,11 @@ def run_sweep(config: SweepConfig, *, address: str | None = None, listener: List
             result = SweepResult(str(run_dir), trials, time.time() - started)
             if result.best is not None:
                 keep_best(result.best, run_dir, checked.base, config, config.task)
-                if checked.task.testset:
-                    result = _tested(result, setup, tell)
-            result = replace(result, seconds=time.time() - started)
             write_json(run_dir / RESULT, result.to_json())
+            if result.best is not None and checked.task.testset:
+                result = _tested(result, setup, tell)
+                result = replace(result, seconds=time.time() - started)
+                write_json(run_dir / RESULT, result.to_json())
     return result
 
 

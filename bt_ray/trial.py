@@ -110,7 +110,10 @@ class TestEvaluation:
 
     def score(self, setup: TrialSetup, best: Candidate) -> tuple[float, tuple[float, ...]]:
         """The program's score on the task's testset, in percent, and the metric's value for each example."""
-        return _evaluate_on_testset(setup, best)
+        try:
+            return _evaluate_on_testset(setup, best)
+        except InfrastructureFailure as failure:
+            raise InfrastructureError(str(failure)) from failure
 
 
 def _evaluate_on_testset(setup: TrialSetup, best: Candidate) -> tuple[float, tuple[float, ...]]:

@@ -18,6 +18,8 @@ from conftest import SUPPORT
 from support.processes import MarkedProcesses, wait_for
 from support.sweep_files import toml
 
+import bt_ray
+
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -109,6 +111,9 @@ def test_a_sweep_runs_as_a_job(cluster: Cluster, working_dir: Path, model: Path,
     assert (result["best"]["score"], result["test_score"]) == (70.0, 70.0)
     assert 'Best program: "p -> w", 70.0 % on the valset.' in done.stdout
     wait_for("all model processes to be gone", lambda: not cluster.processes.models(), 20)
+
+    program = bt_ray.load(tmp_path / "run" / "best", task=f"{working_dir}/task.py:double")
+    assert len(program.demos) == 2
 
 
 def test_a_job_that_gives_a_relative_path_fails_with_the_reason(cluster: Cluster, working_dir: Path, model: Path) -> None:

@@ -97,6 +97,20 @@ def test_a_server_that_cannot_start_fails_the_trial_with_its_last_lines(settings
     assert trial.candidates == ()
 
 
+def test_a_failing_test_of_the_winner_loses_no_result(settings: dict[str, Any]) -> None:
+    with pytest.raises(bt_ray.BtRayError, match="no test today"):
+        sweep(settings, task=f"{SUPPORT / 'tasks.py'}:failing_test", strategies=["p"])
+    kept = bt_ray.SweepResult.read(Path(settings["run_dir"]) / "result.json")
+    assert kept.best is not None
+    assert (kept.best.score, kept.test_score) == (40.0, None)
+
+
+def test_a_program_whose_task_moved_says_how_to_name_it(settings: dict[str, Any]) -> None:
+    sweep(settings, strategies=["p"])
+    with pytest.raises(bt_ray.BtRayError, match="If the task is elsewhere now"):
+        bt_ray.load(Path(settings["run_dir"]) / "best", task="/gone/task.py:build")
+
+
 def test_one_slot_is_enough_and_each_strategy_gets_it_in_turn(settings: dict[str, Any]) -> None:
     result = sweep(settings, server={**settings["server"], "count": 1}, strategies=["p -> w -> p", "w", "p"])
     assert [trial.best.score for trial in result.trials if trial.best] == [70.0, 50.0, 40.0]

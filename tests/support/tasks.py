@@ -7,6 +7,7 @@ from dspy.teleprompt import BootstrapFinetune, LabeledFewShot
 from dspy.teleprompt.teleprompt import Teleprompter
 
 import bt_ray
+from bt_ray.errors import InfrastructureFailure
 
 
 class Double(dspy.Signature):
@@ -77,3 +78,19 @@ def without_testset() -> bt_ray.Task:
 
 def without_valset() -> bt_ray.Task:
     return double(valset=None)
+
+
+class NoTest(dspy.Module):  # type: ignore[misc]
+    """Answers everything but the testset, on which the infrastructure is lost."""
+
+    def __init__(self) -> None:
+        self.predict = dspy.Predict(Double)
+
+    def forward(self, question: str) -> Any:
+        if question == "number 50":
+            raise InfrastructureFailure("no test today")
+        return self.predict(question=question)
+
+
+def failing_test() -> bt_ray.Task:
+    return double(program=NoTest(), optimizer_compile_args={})
