@@ -12,7 +12,6 @@ import dspy
 
 from bt_ray.config import SweepConfig, make_config
 from bt_ray.errors import BtRayError, ConfigError, TaskError
-from bt_ray.hosting import FailureLatch
 from bt_ray.lm import ServedEngine, ServedLM, served_lm
 from bt_ray.local_models import LocalModels
 from bt_ray.results import Candidate, write_json
@@ -111,7 +110,7 @@ def _load_program(task: str) -> dspy.Module:
 def local_lms(models: LocalModels, weights: dict[str, Weights], config: SweepConfig) -> dict[str, ServedLM]:
     engine = ServedEngine(
         models,
-        FailureLatch(),
+        None,
         retries=config.trial.request_retries,
         timeout_s=config.server.request_timeout_s,
         max_connections=max(100, config.num_threads),

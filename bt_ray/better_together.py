@@ -78,6 +78,7 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         self._latch = latch
         self._engine = engine
         self._on_step = on_step
+        self._ambient_lm = dspy.settings.lm
         self._example_scores: tuple[float, ...] = ()
         self.step_error: tuple[str, str] | None = None
         """Message and traceback of the step that ended the strategy early, None if none did."""
@@ -159,11 +160,12 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
                 provide_traceback=provide_traceback,
             )
             try:
-                result = evaluate(program)
+                with dspy.context(lm=self._ambient_lm):  # a metric that asks a model must not be judged by the student
+                    result = evaluate(program)
             except Exception as error:
                 self._latch.check()
                 raise _stopped_evaluation(error, effective_max_errors) from error
-            score = result.score
+            score = float(result.score)
             self._example_scores = tuple(float(example_score) for _, _, example_score in result.results)
         self._latch.check()
         if self._running == BASELINE:

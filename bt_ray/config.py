@@ -117,7 +117,7 @@ class TrainConfig(Section):
     """Default: twice the rank."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     warmup_ratio: float = Field(0.0, ge=0, lt=1)
-    scheduler: str = "linear"
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = "linear"
     gradient_checkpointing: bool = False
     timeout_s: float | None = Field(None, gt=0)
     """Seconds after which a training is ended as failed. Default: none."""
@@ -172,6 +172,13 @@ class SweepConfig(Section):
     def _strategies(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
+    @field_validator("run_dir")
+    @classmethod
+    def _on_a_filesystem(cls, value: str | None) -> str | None:
+        if value is not None and "://" in value:
+            raise ValueError("object stores are not supported yet: give a path that all nodes share")
+        return value
+
     def without_secrets(self) -> dict[str, Any]:
         """The settings as JSON, to be kept. `server.env` may hold secrets and is left out."""
         return self.model_dump(mode="json", exclude={"server": {"env"}})
@@ -205,9 +212,11 @@ def load_config(
         ConfigError: The file is missing or no TOML, or a key or value is wrong.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: it is not UTF-8 ({error.reason} at byte {error.start}).") from None
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

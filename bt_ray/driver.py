@@ -68,7 +68,7 @@ def run_sweep(config: SweepConfig, *, address: str | None = None, listener: List
     run_dir = run_directory(config)
     config = config.model_copy(update={"run_dir": str(run_dir)})
     checked = check_sweep(config, run_dir)
-    with connected(address, tell), placed_servers(config, run_dir, tell) as (pool, servers):
+    with connected(address, tell) as own, placed_servers(config, run_dir, own, tell) as (pool, servers):
         from bt_ray.best import keep_best
         from bt_ray.trial import TrialSetup
 
@@ -117,8 +117,11 @@ def portable_task(task: str) -> str:
 
 
 @contextmanager
-def connected(address: str | None, tell: Listener) -> Iterator[None]:
-    """A connection to the cluster at `address`, to the job's, or to a Ray of this sweep's own on this machine."""
+def connected(address: str | None, tell: Listener) -> Iterator[bool]:
+    """A connection to the cluster at `address`, to the job's, or to a Ray of this sweep's own on this machine.
+
+    Gives whether it is the sweep's own.
+    """
     from bt_ray.preflight import inside_job
 
     os.environ.update(DRIVER_ENVIRONMENT)
@@ -128,7 +131,7 @@ def connected(address: str | None, tell: Listener) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
-        yield
+        yield False
         return
     tell(Stage("Starting Ray on this machine" if own else f"Connecting to the Ray cluster {address or ''}".strip()))
     try:
@@ -142,14 +145,16 @@ def connected(address: str | None, tell: Listener) -> Iterator[None]:
     except ConnectionError as error:
         raise ResourcesError(f"No Ray cluster at {address or 'auto'}: {error}") from None
     try:
-        yield
+        yield own
     finally:
         ray.shutdown()
 
 
 @contextmanager
-def placed_servers(config: SweepConfig, run_dir: Path, tell: Listener) -> Iterator[tuple[Any, Sequence[Any]]]:
+def placed_servers(config: SweepConfig, run_dir: Path, own: bool, tell: Listener) -> Iterator[tuple[Any, Sequence[Any]]]:
     """The sweep's model servers and their pool, all placed before the first trial wants one.
+
+    They listen on their node's address only where another node may need them.
 
     Raises:
         ResourcesError: The cluster can never hold them.
@@ -164,10 +169,11 @@ def placed_servers(config: SweepConfig, run_dir: Path, tell: Listener) -> Iterat
     for warning in check_resources(config, nodes):
         tell(Stage(warning))
     token, slot = secrets.token_urlsafe(32), config.server
+    across_nodes = not own and (len(nodes) > 1 or config.autoscaling)
     tell(Stage(f"Placing {slot.count} model server{'s' if slot.count > 1 else ''}"))
     servers = [
         ModelServer.options(num_cpus=slot.cpus, num_gpus=slot.gpus).remote(  # type: ignore[attr-defined]
-            f"server-{index}", slot, token, len(nodes) > 1, str(run_dir / "logs")
+            f"server-{index}", slot, token, across_nodes, str(run_dir / "logs")
         )
         for index in range(slot.count)
     ]
@@ -185,7 +191,10 @@ def _await_placement(servers: Sequence[Any], tell: Listener) -> None:
     waiting = [server.__ray_ready__.remote() for server in servers]
     while waiting:
         ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=15)
-        ray.get(ready)
+        try:
+            ray.get(ready)
+        except ray.exceptions.RayError as error:
+            raise ResourcesError(f"A model server's actor cannot be started: {_cause(error)}") from error
         if waiting:
             free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
             tell(Stage(f"Waiting for room for {len(waiting)} of {len(servers)} servers; free now: {free}"))
@@ -205,8 +214,9 @@ def _stop(servers: Sequence[Any]) -> None:
 
 def _run_trials(setup: Any, tell: Listener) -> tuple[TrialResult, ...]:
     """One Ray Tune trial for each strategy; what they found, in the order of the strategies."""
+    import ray
     from ray import tune
-    from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
+    from ray.tune import FailureConfig, RunConfig, TuneConfig, TuneError, Tuner
 
     from bt_ray.trial import run_trial
 
@@ -227,10 +237,13 @@ def _run_trials(setup: Any, tell: Listener) -> tuple[TrialResult, ...]:
     )
     # It warns that the files of the loggers are missing, which DRIVER_ENVIRONMENT switched off.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-    errors = {}
-    for outcome in tuner.fit():
-        if outcome.error is not None and outcome.config is not None:
-            errors[outcome.config["strategy"]] = outcome.error
+    errors: dict[str, Exception] = {}
+    try:
+        for outcome in tuner.fit():
+            if outcome.error is not None and outcome.config is not None:
+                errors[outcome.config["strategy"]] = outcome.error
+    except (TuneError, ray.exceptions.RayError) as error:  # the trials kept what they found
+        errors = dict.fromkeys(config.strategies, error)
     trials = tuple(_read_trial(setup, strategy, errors.get(strategy)) for strategy in config.strategies)
     for trial in trials:
         tell(TrialEnded(trial.strategy, trial.error))
@@ -244,10 +257,17 @@ def _read_trial(setup: Any, strategy: str, error: Exception | None) -> TrialResu
         trial = TrialResult.from_json(json.loads((setup.trial_dir(strategy) / TRIAL_FILE).read_text()))
     except FileNotFoundError:
         trial = TrialResult(strategy)
-    if error is None:
+    if trial.ended:
         return trial
-    told = str(error).strip().splitlines()
-    return replace(trial, error=told[-1] if told else repr(error), traceback=str(error))
+    error = error or InfrastructureError("The trial was lost before its end.")
+    return replace(trial, error=_cause(error), traceback=str(error))
+
+
+def _cause(error: Exception) -> str:
+    """What the innermost error says, in a line: Ray wraps it in the tracebacks of every process that it went through."""
+    while (inner := getattr(error, "cause", None)) is not None:
+        error = inner
+    return str(error).strip().partition("\n")[0] or repr(error)
 
 
 def _tested(result: SweepResult, setup: Any, tell: Listener) -> SweepResult:

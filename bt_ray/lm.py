@@ -10,7 +10,8 @@ import threading
 from typing import Any, Self
 
 import dspy
-from dspy.clients.engines.lm15_engine import LM15Engine, timeouts_for
+from dspy._vendor.lm15.transports import StdlibTransport
+from dspy.clients.engines.lm15_engine import LM15Engine
 from dspy.clients.provider import Provider, TrainingJob
 from dspy.lm15 import LM15Error, Request, Response, RouterConfig
 
@@ -45,13 +46,15 @@ class ServedEngine:
 
     Args:
         models: Who serves the weights.
-        latch: Told when infrastructure is lost for good.
+        latch: Told when infrastructure is lost for good. None where no sweep is: then the error is raised as it is.
         retries: How often a request is repeated after its server was lost and is served again.
         timeout_s: Seconds that one request may take.
         max_connections: Requests in flight.
     """
 
-    def __init__(self, models: Models, latch: FailureLatch, *, retries: int, timeout_s: float, max_connections: int) -> None:
+    def __init__(
+        self, models: Models, latch: FailureLatch | None, *, retries: int, timeout_s: float, max_connections: int
+    ) -> None:
         self.models = models
         self.latch = latch
         self.step: str | None = None
@@ -69,9 +72,10 @@ class ServedEngine:
 
         Raises:
             LM15Error: The model's or the caller's failure, as DSPy knows it (a context that is too long, say).
-            InfrastructureFailure: No server answered, however often it was tried.
+            InfrastructureFailure: No server answered, however often it was tried (`ServerError` without a latch).
         """
-        self.latch.check()
+        if self.latch is not None:
+            self.latch.check()
         weights_id = request.model.removeprefix(MODEL_PREFIX)
         error: Exception | None = None
         for _ in range(self._retries + 1):
@@ -91,7 +95,7 @@ class ServedEngine:
         assert error is not None
         lost = ServerError(f"No server answered for weights {weights_id}: {error}")
         lost.__cause__ = error
-        raise self.latch.trip(lost)
+        raise lost if self.latch is None else self.latch.trip(lost)
 
     def _refuse_ended_step(self) -> None:
         """Threads that a finished evaluation left behind must not bring old weights back."""
@@ -106,12 +110,22 @@ class ServedEngine:
                     RouterConfig(
                         api_keys={"openai-chat": endpoint.token},
                         base_urls={"openai-chat": f"{endpoint.url}/v1"},
-                        timeouts=timeouts_for(self._timeout_s),
-                        max_connections=self._max_connections,
+                        transport=self._transport(),
                         env={},
                     )
                 )
             return self._clients[endpoint]
+
+    def _transport(self) -> StdlibTransport:
+        """Connections that ignore `HTTP_PROXY`: a model server is on this machine or in this cluster."""
+        wait_s = self._timeout_s
+        return StdlibTransport(
+            read_timeout=wait_s,
+            write_timeout=wait_s,
+            pool_timeout=wait_s,
+            max_connections=self._max_connections,
+            trust_env=False,
+        )
 
 
 class AsyncServedEngine:
@@ -137,7 +151,7 @@ def server_is_to_blame(error: LM15Error) -> bool:
 class ServedProvider(Provider):  # type: ignore[misc]
     """DSPy's launch, kill and finetune for `ServedLM`s."""
 
-    def __init__(self, models: Models, latch: FailureLatch) -> None:
+    def __init__(self, models: Models, latch: FailureLatch | None) -> None:
         super().__init__()
         self.finetunable = True
         self._models = models
@@ -166,7 +180,8 @@ class ServedProvider(Provider):  # type: ignore[misc]
         try:
             weights = self._models.finetune(model.removeprefix(MODEL_PREFIX), train_data, train_kwargs or {})
         except InfrastructureError as error:
-            self._latch.trip(error)
+            if self._latch is not None:
+                self._latch.trip(error)
             raise
         return f"{MODEL_PREFIX}{weights.id}"
 

@@ -14,13 +14,14 @@ from dspy.teleprompt.bootstrap_finetune import FinetuneTeleprompter
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from bt_ray.config import SweepConfig
-from bt_ray.errors import BtRayError, ConfigError, ResourcesError, ServerError, TaskError
+from bt_ray.errors import BtRayError, ConfigError, InfrastructureFailure, ResourcesError, ServerError, TaskError
 from bt_ray.hosting import Conversation, FailureLatch
 from bt_ray.lm import ServedEngine, assign_lm, served_lm
 from bt_ray.run_directory import check_run_directory
 from bt_ray.serving.server import Endpoint
 from bt_ray.strategy import BASELINE, check_distinct, parse
 from bt_ray.task import StepContext, Task, check_optimizers, load_task
+from bt_ray.training.job import check_trainable
 from bt_ray.weights import Weights, base_weights
 
 
@@ -49,7 +50,7 @@ def check_sweep(config: SweepConfig, run_dir: Path | None) -> Checked:
     Raises:
         BtRayError: The first thing that would make the sweep fail, and what to do about it.
     """
-    base = base_weights(config.model)
+    base = base_weights(config.model, config.server.engine_options)
     task = load_task(config.task)
     engine = ServedEngine(_NoModels(), FailureLatch(), retries=0, timeout_s=1, max_connections=1)
     lm = served_lm(base, engine, config.lm)
@@ -61,11 +62,8 @@ def check_sweep(config: SweepConfig, run_dir: Path | None) -> Checked:
     check_optimizers(task, optimizers, strategies)
     examples = _check_validation(task, config)
     weight_keys = {key for key, optimizer in optimizers.items() if isinstance(optimizer, FinetuneTeleprompter)}
-    if any(key in weight_keys for keys in strategies for key in keys) and config.server.gpus % 1:
-        raise ConfigError(
-            f"server.gpus = {config.server.gpus}: a slot with a fraction of a GPU only serves, and "
-            f"{sorted(weight_keys)[0]!r} fine-tunes. Give it a whole GPU."
-        )
+    if any(key in weight_keys for keys in strategies for key in keys):
+        check_trainable(config.server, config.train)
     if run_dir is not None:
         check_run_directory(run_dir, config, base)
     names = {key: type(optimizer).__name__ for key, optimizer in optimizers.items()}
@@ -77,6 +75,8 @@ def _built(task: Task, context: StepContext) -> Mapping[str, Teleprompter]:
         return task.build_optimizers(context)
     except BtRayError:
         raise
+    except InfrastructureFailure as failure:
+        raise TaskError(str(failure.__cause__)) from failure
     except Exception as error:
         raise TaskError(f"optimizers(ctx) raised {type(error).__name__}: {error}") from error
 

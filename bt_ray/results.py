@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -64,6 +63,11 @@ class TrialResult:
         if all(candidate.score is None for candidate in self.candidates):
             return self.candidates[-1] if self.candidates else None
         return min(self.candidates, key=lambda candidate: candidate.rank_key)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it went to its end, or recorded why it did not. A trial that was lost has done neither."""
+        return self.error is not None or (bool(self.candidates) and self.candidates[-1].prefix == self.strategy)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -139,8 +143,3 @@ def write_json(path: Path, value: Any) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(json.dumps(value, indent=2) + "\n")
     part.rename(path)
-
-
-def mean_percent(scores: Sequence[float]) -> float:
-    """The mean of per-example scores in percent, rounded as `dspy.Evaluate` does."""
-    return round(100 * sum(scores) / len(scores), 2)

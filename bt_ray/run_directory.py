@@ -19,24 +19,25 @@ def identity(config: SweepConfig, base: Weights) -> dict[str, Any]:
         mode="json",
         include={"seed", "valset_ratio", "shuffle_trainset_between_steps", "max_errors", "lm", "train"},
     )
-    return {"task": config.task.rpartition("/")[2], "model": base.id, **settings}
+    engine_options = config.server.engine_options
+    return {"task": config.task.rpartition("/")[2], "server": engine_options, "model": base.id, **settings}
 
 
 def check_run_directory(run_dir: Path, config: SweepConfig, base: Weights) -> None:
     """Raises `ConfigError` if the sweep cannot be kept in `run_dir`: not writable, or another's."""
     existing = run_dir
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise ConfigError(f"run_dir: {existing} is a file, not a directory.")
-    probe = existing / f".bt_ray_probe_{id(config)}"
     try:
+        while not existing.exists():
+            existing = existing.parent
+        if not existing.is_dir():
+            raise ConfigError(f"run_dir: {existing} is a file, not a directory.")
+        probe = existing / f".bt_ray_probe_{id(config)}"
         probe.touch()
         probe.unlink()
+        if not run_dir.exists() or not any(run_dir.iterdir()):
+            return
     except OSError as error:
-        raise ConfigError(f"run_dir: {existing} cannot be written ({error.strerror}).") from None
-    if not run_dir.exists() or not any(run_dir.iterdir()):
-        return
+        raise ConfigError(f"run_dir: {existing} cannot be used ({error.strerror}).") from None
     try:
         theirs = json.loads((run_dir / IDENTITY).read_text())
     except (OSError, ValueError):
@@ -52,8 +53,9 @@ def check_run_directory(run_dir: Path, config: SweepConfig, base: Weights) -> No
 
 
 def prepare_run_directory(run_dir: Path, config: SweepConfig, base: Weights) -> None:
-    """Make the directory the sweep's own. What an earlier run of the same sweep left is kept until it is replaced."""
+    """Make the directory the sweep's own. The best program of an earlier run is kept until it is replaced."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / RESULT).unlink(missing_ok=True)
     shutil.rmtree(run_dir / "trials", ignore_errors=True)
     shutil.rmtree(run_dir / "tune", ignore_errors=True)
     write_json(run_dir / IDENTITY, identity(config, base))

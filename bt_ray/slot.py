@@ -13,7 +13,7 @@ from typing import Any
 
 from bt_ray.child import ChildProcess, child_environment
 from bt_ray.config import ServerConfig, TrainConfig
-from bt_ray.errors import TrainingError
+from bt_ray.errors import ServerError
 from bt_ray.serving.server import Endpoint, ServerProcess
 from bt_ray.training.job import TrainJob, finish_training, read_progress, start_training
 from bt_ray.weights import Weights
@@ -56,6 +56,9 @@ class Slot:
         self._host = host
         self._log_dir = log_dir
         self._turn = threading.Lock()
+        self._door = threading.Lock()
+        """Held while a process is being started, so that `stop` either sees it or forestalls it."""
+        self._stops = 0
         self._server: ServerProcess | None = None
         self._training: tuple[TrainJob, ChildProcess] | None = None
         self._status = SlotStatus(since=time.time())
@@ -64,8 +67,9 @@ class Slot:
         """Serve `weights`, and return where. A healthy server of these weights is kept, any other is replaced.
 
         Raises:
-            ServerError: The server did not start.
+            ServerError: The server did not start, or `stop` was called meanwhile.
         """
+        stops = self._stops
         with self._turn:
             if self._server is not None:
                 if self._server.weights.id == weights.id and self._server.alive and self._server.healthy():
@@ -74,7 +78,11 @@ class Slot:
             self._enter("starting", weights.id)
             try:
                 log_file = self._log_dir / f"{self.name}-{weights.id}.log"
-                self._server = ServerProcess(weights, self._config, token=self._token, host=self._host, log_file=log_file)
+                with self._door:
+                    self._refuse_stopped(stops)
+                    self._server = ServerProcess(
+                        weights, self._config, token=self._token, host=self._host, log_file=log_file
+                    )
                 self._status = replace(self._status, pid=self._server.pid)
                 self._server.wait_until_healthy()
             except BaseException:
@@ -104,8 +112,10 @@ class Slot:
             output_dir: The folder for the result. Job, data, log and progress go beside it.
 
         Raises:
-            TrainingError: The training died or took too long.
+            TrainingError: The training died or took too long, or `stop` was called meanwhile.
+            TaskError: The data or the settings cannot be trained on.
         """
+        stops = self._stops
         with self._turn:
             self._stop_server()
             data_file = Path(f"{output_dir}.data.jsonl")
@@ -124,8 +134,10 @@ class Slot:
                 threads=self._config.compute_threads,
             )
             env = {**child_environment(), **self._config.env}
-            process = start_training(job, env, Path(f"{output_dir}.log"))
-            self._training = (job, process)
+            with self._door:
+                self._refuse_stopped(stops)
+                process = start_training(job, env, Path(f"{output_dir}.log"))
+                self._training = (job, process)
             self._enter("training", weights_id, pid=process.pid)
             try:
                 return finish_training(job, process)
@@ -135,9 +147,14 @@ class Slot:
                 self._enter("idle", None)
 
     def stop(self) -> None:
-        """End whatever runs. Harmless when nothing does. A training that is ended raises where it was waited for."""
-        if (training := self._training) is not None:
+        """End whatever runs, starts or waits for its turn; it raises where it was waited for. Harmless when nothing does."""
+        with self._door:
+            self._stops += 1
+            server, training = self._server, self._training
+        if training is not None:
             training[1].stop()
+        if server is not None:
+            server.stop()
         with self._turn:
             self._stop_server()
 
@@ -149,6 +166,10 @@ class Slot:
         detail = "step {step}/{steps}, loss {loss:.3g}".format(**lines[-1]) if lines else "loading"
         return replace(self._status, detail=detail)
 
+    def _refuse_stopped(self, stops: int) -> None:
+        if stops != self._stops:
+            raise ServerError(f"Slot {self.name} was stopped before this began.")
+
     def _stop_server(self) -> None:
         server, self._server = self._server, None
         if server is not None:
@@ -158,9 +179,3 @@ class Slot:
 
     def _enter(self, state: str, weights_id: str | None, pid: int | None = None) -> None:
         self._status = SlotStatus(state, weights_id, time.time(), pid=pid)
-
-
-def check_trainable(config: ServerConfig) -> None:
-    """Raises `TrainingError` if a slot of this kind cannot train."""
-    if config.gpus != int(config.gpus):
-        raise TrainingError(f"A slot with {config.gpus} of a GPU only serves: give `server.gpus` whole GPUs to train.")

@@ -131,7 +131,7 @@ def _evaluate_on_testset(setup: TrialSetup, best: Candidate) -> tuple[float, tup
             if name in best.weights:
                 predictor.lm = served_lm(weights[best.weights[name]], engine, config.lm)
         load_state(task.program, setup.run_dir / best.program)
-        with dspy.context(num_threads=config.num_threads, lm=task.program.predictors()[0].lm):
+        with dspy.context(num_threads=config.num_threads):
             result = dspy.Evaluate(
                 devset=list(task.testset or ()),
                 metric=task.metric,
@@ -139,7 +139,7 @@ def _evaluate_on_testset(setup: TrialSetup, best: Candidate) -> tuple[float, tup
                 max_errors=len(task.testset or ()) + 1,
             )(task.program)
         engine.latch.check()
-        return result.score, tuple(float(score) for _, _, score in result.results)
+        return float(result.score), tuple(float(score) for _, _, score in result.results)
 
 
 @contextmanager
@@ -181,6 +181,17 @@ class _Recorder:
         self._candidates: list[Candidate] = []
 
     def record(self, outcome: Any) -> None:
+        """Keep and report a step.
+
+        Raises:
+            InfrastructureFailure: The run directory cannot be written.
+        """
+        try:
+            self._keep(outcome)
+        except OSError as error:
+            raise InfrastructureFailure(f"{self._trial_dir} cannot be written: {error}") from error
+
+    def _keep(self, outcome: Any) -> None:
         from bt_ray.best import save_program, served_weights
 
         program = self._trial_dir / f"{length(outcome.prefix)}-{slug(outcome.prefix)}" / "program.json"

@@ -1,14 +1,17 @@
 """The identity of one immutable version of a model.
 
-A base model's id is derived from its content (a folder) or its name (a model of the hub); a fine-tune's is random. No id
-is ever used for two contents, so a cache keyed by it never mixes two versions.
+A base model's id is derived from its content (a folder), or from its name and revision (a model of the hub), and from the
+options it is served with; a fine-tune's is random. No id is used for two contents, so a cache keyed by it never mixes two
+versions; for a model of the hub that holds as far as its revision does: name a commit.
 """
 
 import hashlib
 import json
 import secrets
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from bt_ray.errors import ConfigError
 
@@ -25,39 +28,53 @@ class Weights:
         id: Names the content; the `model` of requests.
         path: The folder to load it from, or a model id of the hub.
         parent: The id of the weights that were fine-tuned into these, None for a base model.
+        revision: Of a model of the hub; None for its default, and for a folder.
     """
 
     id: str
     path: str
     parent: str | None = None
+    revision: str | None = None
 
     def to_json(self) -> dict[str, str | None]:
         return asdict(self)
 
 
-def base_weights(model: str) -> Weights:
-    """The weights of a base model: a folder with a checkpoint, or a model id of the hub.
+def base_weights(model: str, engine_options: Mapping[str, Any]) -> Weights:
+    """The weights of a base model, as they answer under the options of its server.
+
+    Args:
+        model: A folder with a checkpoint, or a model id of the hub.
+        engine_options: vLLM's options: a context length, a quantization or a chat template change answers.
 
     Raises:
         ConfigError: `model` is a path and no checkpoint is there.
     """
     folder = Path(model)
     if not folder.is_absolute():
-        return Weights(id=model.replace("/", "--"), path=model)
+        digest = hashlib.sha256(_options_text(engine_options)).hexdigest()[:6]
+        return Weights(f"{model.replace('/', '--')}-{digest}", model, revision=engine_options.get("revision"))
+    try:
+        return Weights(_folder_id(folder, engine_options), model)
+    except OSError as error:
+        raise ConfigError(f"model: {model} cannot be read ({error.strerror}).") from None
+
+
+def _folder_id(folder: Path, engine_options: Mapping[str, Any]) -> str:
     if not folder.is_dir():
-        raise ConfigError(f"model: the folder {model} does not exist.")
+        raise ConfigError(f"model: the folder {folder} does not exist.")
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"model: {model} holds no config.json, so it is no checkpoint of transformers.")
-    return Weights(id=f"{folder.name}-{content_digest(folder)}", path=model)
+        raise ConfigError(f"model: {folder} holds no config.json, so it is no checkpoint of transformers.")
+    return f"{folder.name}-{content_digest(folder, engine_options)}"
 
 
-def content_digest(folder: Path) -> str:
-    """12 hex digits over the files of a checkpoint: names, sizes and evenly spaced samples of each, wherever it lies.
+def content_digest(folder: Path, engine_options: Mapping[str, Any]) -> str:
+    """12 hex digits over the options and the files of a checkpoint, wherever it lies: their names, sizes and samples.
 
     Files up to 4 MiB are read whole; of larger ones 64 samples of 64 KiB, enough to tell any two fine-tunes apart, which
     differ in every layer, at a cost that does not grow with the model.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(_options_text(engine_options))
     for file in sorted(path for path in folder.iterdir() if path.is_file()):
         size = file.stat().st_size
         digest.update(f"{file.name}\0{size}\0".encode())
@@ -66,6 +83,10 @@ def content_digest(folder: Path) -> str:
                 opened.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES_PER_FILE - 1))
                 digest.update(opened.read(SAMPLE_BYTES))
     return digest.hexdigest()[:12]
+
+
+def _options_text(engine_options: Mapping[str, Any]) -> bytes:
+    return json.dumps(dict(engine_options), sort_keys=True).encode()
 
 
 def new_weights_id(parent: Weights) -> str:

@@ -15,13 +15,13 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from bt_ray.config import SweepConfig, override_train
 from bt_ray.errors import BtRayError, InfrastructureError, ServerError
 from bt_ray.hosting import Conversation
 from bt_ray.serving.server import Endpoint
-from bt_ray.slot import check_trainable
+from bt_ray.training.job import check_trainable
 from bt_ray.weights import Weights, new_weights_id
 
 RESTART_S = 60.0
@@ -100,10 +100,10 @@ class LeasedModels:
         """Nothing: the trial keeps its lease, and the next request or training replaces the server."""
 
     def finetune(self, weights_id: str, conversations: Sequence[Conversation], train_kwargs: dict[str, Any]) -> Weights:
-        check_trainable(self._config.server)
         parent = self.weights[weights_id]
         new_id = new_weights_id(parent)
         train = override_train(self._config.train, train_kwargs)
+        check_trainable(self._config.server, train)
         with self._door:
             lease = self._lease_for(weights_id)
             with self._changed:
@@ -157,11 +157,12 @@ class LeasedModels:
 
     def _serve(self, lease: _Lease, weights_id: str) -> None:
         server, weights = self._servers[lease.index], self.weights[weights_id]
-        deadline = time.monotonic() + RESTART_S
+        deadline = None
         while True:
             try:
                 endpoint: Endpoint = _ask(server.serve, weights, timeout_s=self._config.server.start_timeout_s + RESTART_S)
             except _ActorGone as gone:
+                deadline = deadline or time.monotonic() + RESTART_S
                 if time.monotonic() > deadline:
                     raise ServerError(f"Model server {lease.index} did not come back: {gone}") from gone
                 time.sleep(0.2)  # Ray is restarting the actor; it offers nothing to wait on
@@ -172,7 +173,7 @@ class LeasedModels:
 
 
 class _ActorGone(InfrastructureError):
-    """An actor died or is being restarted."""
+    """An actor died, is being restarted, or cannot be reached."""
 
 
 def _ask(method: Any, *arguments: Any, timeout_s: float | None = None) -> Any:
@@ -183,11 +184,11 @@ def _ask(method: Any, *arguments: Any, timeout_s: float | None = None) -> Any:
     """
     try:
         return ray.get(method.remote(*arguments), timeout=timeout_s)
-    except RayActorError as error:
-        raise _ActorGone(str(error).splitlines()[0]) from error
     except GetTimeoutError as error:
         raise ServerError(f"A model server did not answer within {timeout_s} s.") from error
     except RayTaskError as error:
         if isinstance(error.cause, BtRayError):
             raise error.cause from error
         raise InfrastructureError(str(error)) from error
+    except RayError as error:
+        raise _ActorGone(str(error).strip().partition("\n")[0]) from error

@@ -72,15 +72,19 @@ class ServerPool:
 
     async def _end_with(self, holder: str, actor: "ActorHandle[Any]") -> None:
         """Take back all that `holder` leases once its actor is dead, ending what it left running there."""
-        with contextlib.suppress(ray.exceptions.RayActorError):
-            while True:
+        while True:
+            try:
                 await actor.__ray_ready__.remote()
-                await asyncio.sleep(0.2)
+            except ray.exceptions.ActorUnavailableError:
+                pass  # out of reach for now: it may live
+            except ray.exceptions.RayError:
+                break
+            await asyncio.sleep(0.2)
         del self._watched[holder]
         self._waiting = deque(request for request in self._waiting if request.holder != holder)
         for index, leased_by in enumerate(self._holders):
             if leased_by == holder:
-                with contextlib.suppress(ray.exceptions.RayActorError):  # it died too: a restarted server is idle
+                with contextlib.suppress(ray.exceptions.RayError):  # it died too: a restarted server is idle
                     await self._servers[index].stop.remote()
                 self._holders[index] = None
                 self._last_weights[index] = None

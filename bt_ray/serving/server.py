@@ -16,6 +16,8 @@ from bt_ray.serving.guard import SERVED_NAME, TOKEN_VARIABLE, WEIGHTS_VARIABLE
 from bt_ray.weights import Weights
 
 POLL_S = 0.1
+GPU_MEMORY_UTILIZATION = 0.92
+"""vLLM's own default, of which servers that share a GPU get their share each."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class ServerProcess:
     def healthy(self) -> bool:
         """Whether the server answers its health route now."""
         try:
-            answer = httpx.get(f"{self.endpoint.url}/health", headers=self.endpoint.headers, timeout=10)
+            answer = httpx.get(f"{self.endpoint.url}/health", headers=self.endpoint.headers, timeout=10, trust_env=False)
         except httpx.TransportError:
             return False
         return answer.status_code == 200
@@ -109,6 +111,8 @@ def server_command(weights: Weights, config: ServerConfig, listen_fd: int) -> li
     }
     if config.gpus > 1:
         options["tensor_parallel_size"] = int(config.gpus)
+    if 0 < config.gpus < 1:
+        options["gpu_memory_utilization"] = round(GPU_MEMORY_UTILIZATION * config.gpus, 3)
     if config.gpus == 0:
         options["enforce_eager"] = True  # torch.compile costs a minute of start for a tenth more throughput on CPU
     return [*program, str(listen_fd), *_as_arguments({**options, **config.engine_options})]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from bt_ray.child import ChildProcess
-from bt_ray.config import TrainConfig
-from bt_ray.errors import TrainingError
+from bt_ray.config import ServerConfig, TrainConfig
+from bt_ray.errors import ConfigError, TaskError, TrainingError
 from bt_ray.weights import Weights, read_manifest
 
 
@@ -53,13 +53,29 @@ class TrainJob:
         )
 
     @property
+    def refusal_file(self) -> Path:
+        """Where the child says why the data cannot be trained on."""
+        return Path(f"{self.output_dir}.refused.txt")
+
+    @property
     def command(self) -> list[str]:
         if self.config.command:
             return list(self.config.command)
         if self.gpus > 1:
-            launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-            return [*launcher, "--num_processes", str(self.gpus), "--main_process_port", "0", "-m", "bt_ray.training.main"]
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.gpus)]
+            return [*launcher, "-m", "bt_ray.training.main"]
         return [sys.executable, "-m", "bt_ray.training.main"]
+
+
+def check_trainable(config: ServerConfig, train: TrainConfig) -> None:
+    """Raises `ConfigError` if a slot of this kind cannot train like this."""
+    if config.gpus != int(config.gpus):
+        raise ConfigError(f"A slot with {config.gpus} of a GPU only serves: give `server.gpus` whole GPUs to train.")
+    if config.gpus > 1 and train.batch_size % int(config.gpus):
+        raise ConfigError(
+            f"train.batch_size = {train.batch_size} cannot be shared out over the {config.gpus:g} GPUs of a slot: "
+            "make it a multiple."
+        )
 
 
 def start_training(job: TrainJob, env: Mapping[str, str], log_file: Path) -> ChildProcess:
@@ -76,11 +92,14 @@ def finish_training(job: TrainJob, process: ChildProcess) -> Weights:
 
     Raises:
         TrainingError: It died, was ended, or took longer than `train.timeout_s`.
+        TaskError: It found that the data cannot be trained on.
     """
     status = process.wait(job.config.timeout_s)
     if status is None:
         process.stop()
         raise TrainingError(f"Training {job.weights_id} took longer than {job.config.timeout_s} s and was ended.")
+    if (refusal := job.refusal_file).exists():
+        raise TaskError(refusal.read_text())
     try:
         return read_manifest(Path(job.output_dir))
     except FileNotFoundError:

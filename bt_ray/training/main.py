@@ -1,6 +1,6 @@
 """The training process: TRL's `SFTTrainer` on one job's conversations.
 
-    python -m bt_ray.training.main JOB_FILE        (under `accelerate launch` on several GPUs)
+    python -m bt_ray.training.main JOB_FILE        (under `torch.distributed.run` on several GPUs)
 
 Reads the job and its conversations, trains on the last message of each alone, appends `{"step", "steps", "epoch",
 "loss"}` lines to the progress file, and leaves merged safetensors with tokenizer and chat template in the job's output
@@ -8,6 +8,7 @@ folder, the manifest last. Only this module imports torch and trl.
 """
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,29 +37,53 @@ IGNORED = -100
 def main() -> None:
     job = TrainJob.read(Path(sys.argv[1]))
     torch.manual_seed(job.seed)
-    tokenizer = AutoTokenizer.from_pretrained(job.parent.path)
+    revision = job.parent.revision or "main"
+    tokenizer = AutoTokenizer.from_pretrained(job.parent.path, revision=revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # On CPU, float32 weights under bf16 autocast train 1.6 times as fast as bf16 weights (SmolLM2-135M, 2 cores).
-    dtype = torch.bfloat16 if job.gpus else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(job.parent.path, dtype=dtype)
+    # Full fine-tuning in bf16 would lose its small updates, so bf16 is for the frozen weights under an adapter on a GPU.
+    dtype = torch.bfloat16 if job.gpus and job.config.method == "lora" else torch.float32
+    conversations = trainable_conversations(job, tokenizer)
+    if not conversations:
+        sys.exit(1)
+    model = AutoModelForCausalLM.from_pretrained(job.parent.path, revision=revision, dtype=dtype)
     trainer = (SFTTrainer if job.gpus else CpuTrainer)(
         model=model,
         args=_arguments(job),
-        train_dataset=_dataset(job),
+        train_dataset=Dataset.from_list(conversations),
         processing_class=tokenizer,
         peft_config=_lora(job) if job.config.method == "lora" else None,
         callbacks=[_Progress(Path(job.progress_file))],
     )
     trainer.train()
     if trainer.accelerator.is_main_process:
-        _save(trainer, tokenizer, job)
+        _save(trainer, tokenizer, job, len(conversations))
 
 
-def _dataset(job: TrainJob) -> Dataset:
-    """Conversations as prompt and completion, which makes TRL take the loss on the completion only."""
-    conversations = [json.loads(line)["messages"] for line in Path(job.data_file).read_text().splitlines()]
-    return Dataset.from_list([{"prompt": messages[:-1], "completion": messages[-1:]} for messages in conversations])
+def trainable_conversations(job: TrainJob, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """The job's conversations as prompt and completion, which makes TRL take the loss on the completion only.
+
+    Those whose prompt alone fills `max_length` are left out: they would be cut to nothing to learn. If none remains, the
+    refusal file says so.
+    """
+    longest, kept = 0, []
+    for line in Path(job.data_file).read_text().splitlines():
+        *prompt, completion = json.loads(line)["messages"]
+        tokens = len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True)["input_ids"])
+        longest = max(longest, tokens)
+        if tokens < job.config.max_length:
+            kept.append({"prompt": prompt, "completion": [completion]})
+    left_out = job.conversations - len(kept)
+    told = (
+        f"{left_out} of {job.conversations} training examples have a prompt of train.max_length = {job.config.max_length} "
+        f"tokens or more, so their answers would be cut off. The longest prompt has {longest}: set train.max_length higher."
+    )
+    if left_out:
+        logging.getLogger(__name__).warning(told)
+    if not kept:
+        job.refusal_file.write_text(f"There is nothing to train on: {told}")
+    return kept
 
 
 def _arguments(job: TrainJob) -> SFTConfig:
@@ -162,14 +187,14 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
                 file.write(json.dumps(line) + "\n")
 
 
-def _save(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, job: TrainJob) -> None:
+def _save(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, job: TrainJob, conversations: int) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if job.config.method == "lora":
         model = model.merge_and_unload()
     output = Path(job.output_dir)
     model.to(torch.bfloat16).save_pretrained(output, safe_serialization=True)
     tokenizer.save_pretrained(output)
-    manifest = {"id": job.weights_id, "parent": job.parent.id, "conversations": job.conversations, "seed": job.seed}
+    manifest = {"id": job.weights_id, "parent": job.parent.id, "conversations": conversations, "seed": job.seed}
     manifest["train"] = job.config.model_dump()
     (output / f"{MANIFEST}.part").write_text(json.dumps(manifest, indent=2))
     (output / f"{MANIFEST}.part").rename(output / MANIFEST)

@@ -12,6 +12,7 @@ import pytest
 from conftest import SUPPORT
 
 from bt_ray.config import ServerConfig, TrainConfig
+from bt_ray.errors import TaskError
 from bt_ray.serving.server import Endpoint
 from bt_ray.slot import Slot
 from bt_ray.weights import base_weights, content_digest, new_weights_id
@@ -53,7 +54,7 @@ ANSWER = "it is so"
 def test_a_model_is_served_fine_tuned_and_served_again_with_another_answer(
     tiny_model: Path, slot: Slot, tmp_path: Path
 ) -> None:
-    base = base_weights(str(tiny_model))
+    base = base_weights(str(tiny_model), {})
     endpoint = slot.serve(base)
     before = text(ask(endpoint, base.id))
     assert before != ANSWER
@@ -73,7 +74,7 @@ def test_a_model_is_served_fine_tuned_and_served_again_with_another_answer(
     assert not [process for process in processes if process.is_running()], "the server gave way to the training"
     assert (tmp_path / "full" / "model.safetensors").exists()
     assert (tmp_path / "full" / "chat_template.jinja").exists()
-    assert content_digest(Path(trained.path)) != content_digest(tiny_model)
+    assert content_digest(Path(trained.path), {}) != content_digest(tiny_model, {})
 
     endpoint = slot.serve(trained)
     assert text(ask(endpoint, trained.id)) == ANSWER
@@ -98,8 +99,17 @@ def check_refusals(endpoint: Endpoint, weights_id: str) -> None:
         assert answer.status_code == 404, f"{route} is open to whoever has the token"
 
 
+def test_prompts_that_leave_no_room_for_an_answer_are_the_users_to_mend(
+    tiny_model: Path, slot: Slot, tmp_path: Path
+) -> None:
+    base = base_weights(str(tiny_model), {})
+    conversations: list[dict[str, Any]] = [{"messages": [*QUESTION, {"role": "assistant", "content": ANSWER}]}] * 2
+    with pytest.raises(TaskError, match=r"2 of 2 training examples .* set train\.max_length higher"):
+        slot.train(base, "ft", conversations, TrainConfig(max_length=8), seed=0, output_dir=tmp_path / "cut")
+
+
 def test_lora_is_merged_into_a_checkpoint(tiny_model: Path, slot: Slot, tmp_path: Path) -> None:
-    base = base_weights(str(tiny_model))
+    base = base_weights(str(tiny_model), {})
     conversations: list[dict[str, Any]] = [{"messages": [*QUESTION, {"role": "assistant", "content": ANSWER}]}] * 4
     config = TrainConfig(epochs=2, learning_rate=1e-3, batch_size=4)
     trained = slot.train(base, new_weights_id(base), conversations, config, seed=0, output_dir=tmp_path / "lora")

@@ -27,17 +27,17 @@ class Checked:
         self.arguments = ""
         self.options: list[str] = []
 
-    def run(self, *options: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    def run(self, *options: str, text: str | None = None, file: str = "sweep.toml") -> subprocess.CompletedProcess[str]:
         (self.folder / "task.py").write_text(TASK.format(arguments=self.arguments))
         toml = "\n".join(f"{key} = {toml_value(value)}" for key, value in self.values.items()) if text is None else text
         (self.folder / "sweep.toml").write_text(toml)
         env = {**os.environ, "PYTHONPATH": str(SUPPORT.parent)}
-        command = [sys.executable, "-m", "bt_ray.cli", "check", "sweep.toml", *options]
+        command = [sys.executable, "-m", "bt_ray.cli", "check", file, *options]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, cwd=self.folder, check=False)
 
-    def refused(self, *options: str, text: str | None = None) -> str:
+    def refused(self, *options: str, **how: str) -> str:
         """The message of a check that must fail."""
-        done = self.run(*options, text=text)
+        done = self.run(*options, **how)
         assert done.returncode == 2, done.stdout + done.stderr
         assert done.stderr.startswith("error: ")
         assert "Traceback" not in done.stderr
@@ -75,7 +75,8 @@ def test_a_good_sweep_passes_and_says_what_it_would_do(check: Checked) -> None:
         ({"task": "nowhere.py:build"}, "nowhere.py does not exist"),
         ({"task": "task.py:biuld"}, "has no function 'biuld'. Did you mean 'build'?"),
         ({"model": "/no/such/model"}, "the folder /no/such/model does not exist"),
-        ({"server": {"gpus": 0.5}}, "a slot with a fraction of a GPU only serves"),
+        ({"server": {"gpus": 0.5}}, "A slot with 0.5 of a GPU only serves"),
+        ({"server": {"gpus": 8}}, "train.batch_size = 4 cannot be shared out over the 8 GPUs of a slot"),
     ],
     ids=str,
 )
@@ -106,6 +107,7 @@ def test_wrong_settings(check: Checked, values: dict[str, Any], message: str) ->
         ("optimizer_compile_args={'x': {}}", "optimizer_compile_args has key 'x'"),
         ("trainset=[dspy.Example(question='number 1', answer='2')], optimizer_compile_args={}", "add `.with_inputs(...)`"),
         ("optimizers=lambda ctx: 1 / 0", "optimizers(ctx) raised ZeroDivisionError"),
+        ("optimizers=lambda ctx: {'p': ctx.lm('hello')}", "build() and optimizers(ctx) must not ask the student's LM"),
         ("valset=None", "so nothing to rank 2 strategies by"),
     ],
 )
@@ -118,6 +120,8 @@ def test_wrong_tasks(check: Checked, arguments: str, message: str) -> None:
 
 def test_a_missing_file_and_broken_toml(check: Checked) -> None:
     assert "not valid TOML" in check.refused(text="strategies = [")
+    (check.folder / "latin1.toml").write_bytes("task = 'gr\u00fc\u00dfe'".encode("latin1"))
+    assert "it is not UTF-8" in check.refused("--set", "seed=1", file="latin1.toml")
     (check.folder / "sweep.toml").unlink()
     done = subprocess.run(
         [sys.executable, "-m", "bt_ray.cli", "check", "none.toml"],
@@ -131,7 +135,8 @@ def test_a_missing_file_and_broken_toml(check: Checked) -> None:
 
 
 def test_a_run_directory_that_cannot_be_written(check: Checked) -> None:
-    assert "cannot be written" in check.refused("--run-dir", "/proc/bt_ray_run")
+    assert "cannot be used" in check.refused("--run-dir", "/proc/bt_ray_run")
+    assert "cannot be used (File name too long)" in check.refused("--run-dir", "x" * 300)
     (check.folder / "file").write_text("")
     assert "is a file" in check.refused("--run-dir", "file")
 

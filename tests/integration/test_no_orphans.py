@@ -35,7 +35,7 @@ class RunningSweep:
             requests = self.run_dir.parent / "requests.jsonl"
             wait_for("requests", lambda: requests.exists() and len(requests.read_text().splitlines()) >= 4)
         else:
-            wait_for("a training", lambda: self.processes.named("scripted_trainer.py"))
+            wait_for("a training", lambda: self.processes.running("scripted_trainer.py"))
         assert self.processes.models()
 
     def kill(self, *names: str) -> None:

@@ -88,11 +88,25 @@ def test_a_metric_that_raises_is_an_error_and_no_score_of_0(settings: dict[str, 
     assert result.best is None
 
 
+def test_a_metric_that_asks_a_model_is_not_given_the_student(settings: dict[str, Any]) -> None:
+    result = sweep(settings, task=f"{SUPPORT / 'tasks.py'}:judged", strategies=["p"])
+    assert [c.score for c in result.trials[0].candidates] == [20.0, 40.0]
+    assert result.test_score == 40.0
+
+
+def test_a_trial_that_is_lost_is_a_row_with_its_error(settings: dict[str, Any]) -> None:
+    result = sweep(settings, task=f"{SUPPORT / 'tasks.py'}:deadly", strategies=["p"], trial={"max_failures": 0})
+    (trial,) = result.trials
+    assert trial.candidates == ()
+    assert "died unexpectedly" in (trial.error or "")
+    assert "\n" not in (trial.error or "")
+
+
 def test_a_server_that_cannot_start_fails_the_trial_with_its_last_lines(settings: dict[str, Any]) -> None:
     server = {**settings["server"], "env": {"SCRIPTED_START": "die"}}
     result = sweep(settings, server=server, strategies=["p"], trial={"max_failures": 0})
     (trial,) = result.trials
-    assert "ended with status 7" in (trial.traceback or "")
+    assert "ended with status 7" in (trial.error or "")
     assert "the engine found no memory" in (trial.traceback or "")
     assert trial.candidates == ()
 

@@ -44,6 +44,17 @@ class MarkedProcesses:
                 continue
         return found
 
+    def running(self, script: str) -> list[psutil.Process]:
+        """Those that run this Python script; not the keepers, which name it as what they start."""
+        found = []
+        for process in self.named(script):
+            try:
+                if process.cmdline()[1].endswith(script):
+                    found.append(process)
+            except (psutil.Error, IndexError):
+                continue
+        return found
+
     def models(self) -> list[psutil.Process]:
         """Servers, trainings and their keepers."""
         return self.named(*MODEL_PROCESSES)

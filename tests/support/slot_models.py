@@ -15,7 +15,7 @@ class SlotModels(LocalModels):
     """`LocalModels` that can fine-tune."""
 
     def __init__(self, config: SweepConfig, work_dir: Path) -> None:
-        self.base = base_weights(config.model)
+        self.base = base_weights(config.model, config.server.engine_options)
         super().__init__({self.base.id: self.base}, config.server, work_dir / "logs")
         self._config = config
         self.work_dir = work_dir

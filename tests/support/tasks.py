@@ -1,5 +1,6 @@
 """Tasks for scripted models: doubling numbers. See `scripted_server` for which questions a model answers right."""
 
+import os
 from typing import Any
 
 import dspy
@@ -70,6 +71,24 @@ def broken_metric() -> bt_ray.Task:
         raise KeyError("no such field")
 
     return double(metric=broken)
+
+
+def judged() -> bt_ray.Task:
+    """A metric that would let the student judge itself, if that were what it is asked to do."""
+
+    def by_somebody_else(example: Any, prediction: Any, trace: Any = None) -> bool:
+        return dspy.settings.lm is None and exact(example, prediction)
+
+    return double(metric=by_somebody_else)
+
+
+def deadly() -> bt_ray.Task:
+    """A metric that takes its process with it."""
+
+    def end(example: Any, prediction: Any, trace: Any = None) -> bool:
+        os._exit(1)
+
+    return double(metric=end)
 
 
 def without_testset() -> bt_ray.Task:

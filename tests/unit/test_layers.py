@@ -30,8 +30,10 @@ LAYERS: dict[str, set[str]] = {
     "local_models": {"config", "errors", "hosting", "serving", "slot", "weights"},
     "better_together": {"errors", "hosting", "lm", "strategy", "task", "teachers"},
     "best": {"config", "errors", "hosting", "lm", "local_models", "results", "task", "weights"},
-    "preflight": {"config", "errors", "hosting", "lm", "run_directory", "serving", "strategy", "task", "weights"},
-    "actors": {"config", "errors", "hosting", "serving", "slot", "weights"},
+    "preflight": {
+        "config", "errors", "hosting", "lm", "run_directory", "serving", "strategy", "task", "training", "weights",
+    },
+    "actors": {"config", "errors", "hosting", "serving", "slot", "training", "weights"},
     "trial": {
         "actors", "best", "better_together", "config", "errors", "hosting", "lm", "results", "strategy", "task", "weights",
     },

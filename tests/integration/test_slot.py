@@ -1,0 +1,114 @@
+"""A slot of scripted processes: who stops whom, and what reaches the server."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.processes import wait_for
+
+from bt_ray.config import SweepConfig, make_config
+from bt_ray.errors import InfrastructureError, ServerError, TrainingError
+from bt_ray.hosting import FailureLatch
+from bt_ray.lm import ServedEngine, served_lm
+from bt_ray.local_models import LocalModels
+from bt_ray.slot import Slot
+from bt_ray.weights import Weights, base_weights
+
+
+@pytest.fixture
+def config(settings: dict[str, Any]) -> SweepConfig:
+    return make_config(settings)
+
+
+@pytest.fixture
+def base(config: SweepConfig) -> Weights:
+    return base_weights(config.model, {})
+
+
+def slot_of(config: SweepConfig, tmp_path: Path, **env: str) -> Slot:
+    server = config.server.model_copy(update={"env": {**config.server.env, **env}})
+    return Slot("slot", server, token="token", host="127.0.0.1", log_dir=tmp_path / "logs")
+
+
+class Call:
+    """A call that waits in a thread of its own."""
+
+    def __init__(self, call: Any, *arguments: Any, **named: Any) -> None:
+        self.raised: Exception | None = None
+
+        def run() -> None:
+            try:
+                call(*arguments, **named)
+            except Exception as error:
+                self.raised = error
+
+        self.thread = threading.Thread(target=run)
+        self.thread.start()
+
+    def error(self) -> Exception | None:
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+        return self.raised
+
+
+@pytest.fixture
+def busy(config: SweepConfig, base: Weights, tmp_path: Path) -> Iterator[tuple[Slot, Call]]:
+    """A slot whose server takes a minute to start."""
+    slot = slot_of(config, tmp_path, SCRIPTED_START_S="60")
+    starting = Call(slot.serve, base)
+    wait_for("the server to start", lambda: slot.status().pid)
+    yield slot, starting
+    slot.stop()
+
+
+def test_stop_ends_a_server_that_is_starting(busy: tuple[Slot, Call]) -> None:
+    slot, starting = busy
+    slot.stop()
+    assert isinstance(starting.error(), ServerError)
+    assert slot.status().state == "idle"
+
+
+def test_stop_ends_what_waits_for_its_turn(
+    busy: tuple[Slot, Call], config: SweepConfig, base: Weights, tmp_path: Path
+) -> None:
+    slot, starting = busy
+    output = tmp_path / "weights"
+    waiting = Call(slot.train, base, "ft", [{"messages": []}], config.train, seed=0, output_dir=output)
+    slot.stop()
+    assert isinstance(starting.error(), ServerError)
+    assert isinstance(waiting.error(), InfrastructureError)
+    assert not output.exists()
+
+
+def test_stop_ends_a_training(config: SweepConfig, base: Weights, tmp_path: Path) -> None:
+    slot = slot_of(config, tmp_path, SCRIPTED_TRAIN_S="60")
+    training = Call(slot.train, base, "ft", [{"messages": []}], config.train, seed=0, output_dir=tmp_path / "weights")
+    wait_for("the training", lambda: slot.status().state == "training")
+    slot.stop()
+    assert isinstance(training.error(), TrainingError)
+
+
+def test_a_proxy_is_never_asked(config: SweepConfig, base: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    models = LocalModels({base.id: base}, config.server, tmp_path / "logs")
+    engine = ServedEngine(models, FailureLatch(), retries=0, timeout_s=20, max_connections=4)
+    assert "wrong" in served_lm(base, engine, config.lm)("number 9")[0]
+    models.kill(base.id)
+
+
+def test_without_a_sweep_a_lost_server_is_an_ordinary_error_and_may_come_back(
+    config: SweepConfig, base: Weights, tmp_path: Path
+) -> None:
+    server = config.server.model_copy(update={"env": {"SCRIPTED_START": "die"}})
+    models = LocalModels({base.id: base}, server, tmp_path / "logs")
+    lm = served_lm(base, ServedEngine(models, None, retries=0, timeout_s=20, max_connections=4), config.lm)
+    with pytest.raises(Exception, match="the engine found no memory"):
+        lm("number 9")
+    del server.env["SCRIPTED_START"]
+    assert "wrong" in lm("number 9")[0]
+    models.kill(base.id)
