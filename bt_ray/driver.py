@@ -276,8 +276,7 @@ def _tested(result: SweepResult, setup: Any, tell: Listener) -> SweepResult:
     from bt_ray.trial import TestEvaluation
 
     tell(Stage("Scoring the best program on the testset"))
-    again = setup.config.trial.max_failures
-    options = {"num_cpus": setup.config.trial.cpus, "max_restarts": again, "max_task_retries": again}
+    options = {"num_cpus": setup.config.trial.cpus, "max_restarts": setup.config.trial.max_failures}
     evaluation = TestEvaluation.options(**options).remote()  # type: ignore[attr-defined]
     try:
         score, example_scores = ray.get(evaluation.score.remote(setup, result.best))

@@ -108,6 +108,7 @@ def _walk(strategy: str, setup: TrialSetup, trial_dir: Path, recorder: "_Recorde
 class TestEvaluation:
     """Evaluates the best program on the testset. An actor, because the pool takes back what a dead actor leased."""
 
+    @ray.method(max_task_retries=-1)  # type: ignore[untyped-decorator]  # as often as the actor is restarted
     def score(self, setup: TrialSetup, best: Candidate) -> tuple[float, tuple[float, ...]]:
         """The program's score on the task's testset, in percent, and the metric's value for each example."""
         try:
