@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import tempfile
 import uuid
@@ -27,6 +28,7 @@ os.environ |= {
 for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
     os.environ.pop(name, None)
 sys.path.insert(0, str(ROOT / "tests"))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would what they start
 
 
 @pytest.fixture
