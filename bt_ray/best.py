@@ -5,13 +5,13 @@ A program is kept as DSPy's JSON state without LMs; beside it stands which weigh
 
 import json
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 
 import dspy
 
 from bt_ray.config import SweepConfig, make_config
 from bt_ray.errors import BtRayError, ConfigError, TaskError
+from bt_ray.kept_steps import installed_versions, load_state
 from bt_ray.lm import ServedEngine, ServedLM, served_lm
 from bt_ray.local_models import LocalModels
 from bt_ray.results import Candidate, write_json
@@ -19,32 +19,6 @@ from bt_ray.task import load_task
 from bt_ray.weights import Weights
 
 PROGRAM, MANIFEST = "program.json", "manifest.json"
-VERSIONED = ("bt-ray", "dspy", "ray")
-
-
-def save_program(program: dspy.Module, path: Path) -> None:
-    """Write DSPy's JSON state of `program`, with no LM in it."""
-    copied = program.deepcopy()
-    for predictor in copied.predictors():
-        predictor.lm = None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{path.name}")
-    copied.save(str(part))
-    part.rename(path)
-
-
-def load_state(program: dspy.Module, path: Path) -> None:
-    """Give `program` the state that `save_program` wrote. Its predictors keep the LMs that they have."""
-    lms = [predictor.lm for predictor in program.predictors()]
-    program.load(str(path))
-    for predictor, lm in zip(program.predictors(), lms, strict=True):
-        predictor.lm = lm
-
-
-def served_weights(program: dspy.Module) -> dict[str, str]:
-    """The id of the weights that each predictor with a served LM uses, by the predictor's name."""
-    named = program.named_predictors()
-    return {name: predictor.lm.weights_id for name, predictor in named if isinstance(predictor.lm, ServedLM)}
 
 
 def keep_best(best: Candidate, run_dir: Path, base: Weights, config: SweepConfig, task: str) -> None:
@@ -62,7 +36,7 @@ def keep_best(best: Candidate, run_dir: Path, base: Weights, config: SweepConfig
         "predictors": best.weights,
         "weights": {base.id: base.path, **fine_tuned},
         "config": config.without_secrets(),
-        "versions": {name: version(name) for name in VERSIONED},
+        "versions": installed_versions(),
     }
     write_json(part / MANIFEST, manifest)
     shutil.rmtree(folder, ignore_errors=True)
@@ -96,7 +70,7 @@ def load(folder: str | Path, task: str | None = None) -> dspy.Module:
     for name, predictor in program.named_predictors():
         if name in manifest["predictors"]:
             predictor.lm = lms[manifest["predictors"][name]]
-    load_state(program, folder / PROGRAM)
+    load_state(program, (folder / PROGRAM).read_bytes())
     return program
 
 

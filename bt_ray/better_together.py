@@ -1,30 +1,33 @@
 """`dspy.BetterTogether` with a hook around each step.
 
 DSPy stays in charge of the sequence: splits, shuffles, validation, ranking, ties, early stop. This subclass builds fresh
-optimizers for each step inside the context of the student's LM, keeps the per-example scores, tells a listener what each
-step gave, and lets lost infrastructure through. `docs/differences.md` lists where that differs from DSPy, and why.
+optimizers for each step inside the context of the student's LM, takes each step from the store or has it kept there with
+its per-example scores, and lets lost infrastructure through. `docs/differences.md` lists where that differs from DSPy.
 """
 
+import logging
 import random
 import time
-import traceback
-import zlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import dspy
 from dspy.teleprompt.bootstrap_finetune import FinetuneTeleprompter
 from dspy.teleprompt.teleprompt import Teleprompter
 
-from bt_ray.errors import TaskError
+from bt_ray.errors import InfrastructureFailure, TaskError
 from bt_ray.hosting import FailureLatch
 from bt_ray.lm import STEP_SETTING, EmptyTrainingSet, ServedEngine
+from bt_ray.results import StepFailure, failure_of
 from bt_ray.strategy import BASELINE, SEPARATOR
-from bt_ray.task import StepContext, Task
+from bt_ray.task import StepContext, Task, step_seed
 from bt_ray.teachers import stand_in_for
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,22 @@ class StepOutcome:
     seconds: float
 
 
+class Claim(Protocol):
+    """A step that is finished, or that is this trial's to compute."""
+
+    finished: StepOutcome | None
+
+    def commit(self, outcome: StepOutcome) -> StepOutcome:
+        """Keep what was computed, and return it as it was kept."""
+
+
+class Steps(Protocol):
+    """Who keeps finished steps, and decides who computes one."""
+
+    def claim(self, prefix: str) -> AbstractContextManager[Claim]:
+        """The step `prefix`, finished or to be computed and committed inside the context."""
+
+
 class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
     """Walks one strategy of a task.
 
@@ -58,7 +77,8 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         scratch_dir: Where each step gets a folder of its own.
         engine: The engine of the served LMs, None if the program has none.
         latch: Looked at before a step counts.
-        on_step: Told of the baseline and of each finished step.
+        steps: Who keeps finished steps.
+        retries: How often a step is repeated that lost its infrastructure.
     """
 
     def __init__(
@@ -70,18 +90,20 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         scratch_dir: Path,
         latch: FailureLatch,
         engine: ServedEngine | None,
-        on_step: Callable[[StepOutcome], None],
+        steps: Steps,
+        retries: int = 0,
     ) -> None:
         self._task = task
         self._seed = seed
         self._scratch_dir = scratch_dir
         self._latch = latch
         self._engine = engine
-        self._on_step = on_step
+        self._steps = steps
+        self._retries = retries
         self._ambient_lm = dspy.settings.lm
         self._example_scores: tuple[float, ...] = ()
-        self.step_error: tuple[str, str] | None = None
-        """Message and traceback of the step that ended the strategy early, None if none did."""
+        self.failure: StepFailure | None = None
+        """How the step failed that ended the strategy early, None if none did."""
         super().__init__(metric=task.metric, **task.build_optimizers(self._context(BASELINE, lm)))
 
     def walk(self, strategy: str, **compile_arguments: Any) -> dspy.Module:
@@ -112,29 +134,67 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         current_strategy: str,
         *rest: Any,
     ) -> tuple[dspy.Module, float | None, bool, bool]:
-        started = time.time()
-        key = current_strategy.rpartition(SEPARATOR)[2]
+        def compute() -> StepOutcome:
+            given = (student.deepcopy(), teacher, trainset, valset)
+            return self._computed(current_strategy, given, rest)
+
+        best_before = max((candidate["score"] or 0.0 for candidate in candidate_programs), default=0.0)
+        lms_before = [predictor.lm for predictor in student.predictors()]
         try:
-            lm = student_lm(student)
-            with self._step(current_strategy), dspy.context(lm=lm):
-                optimizers = self._task.build_optimizers(self._context(current_strategy, lm))
+            with self._step(current_strategy):
+                outcome = self._kept(current_strategy, compute)
+        except Exception as error:
+            self.failure = failure_of(error)
+            raise
+        self._add_candidate(candidate_programs, outcome.program, current_strategy, outcome.score)
+        is_new_best = outcome.score is not None and outcome.score >= best_before
+        return outcome.program, outcome.score, is_new_best, self._models_changed(outcome.program, lms_before)
+
+    def _kept(self, prefix: str, compute: Callable[[], StepOutcome]) -> StepOutcome:
+        """The step as it is on the store, computed if it is not there yet; again if infrastructure was lost meanwhile."""
+        with self._steps.claim(prefix) as claim:
+            if claim.finished is not None:
+                return claim.finished
+            for left in range(self._retries, -1, -1):
+                try:
+                    outcome = compute()
+                    self._latch.check()
+                    return claim.commit(outcome)
+                except InfrastructureFailure as failure:
+                    if left == 0:
+                        raise
+                    logger.warning("Step %r lost its infrastructure and is repeated: %s", prefix or "baseline", failure)
+                    self._latch.release()
+        raise AssertionError("a claim does not swallow exceptions")
+
+    def _computed(self, prefix: str, given: tuple[Any, ...], rest: tuple[Any, ...]) -> StepOutcome:
+        """Compile and evaluate with DSPy's own step.
+
+        Args:
+            prefix: The step.
+            given: The student, the teacher, the trainset and the valset.
+            rest: DSPy's further arguments.
+        """
+        started = time.time()
+        key = prefix.rpartition(SEPARATOR)[2]
+        student, teacher, trainset, valset = given
+        lm = student_lm(student)
+        compile_args: dict[str, Any] = {}
+        try:
+            with dspy.context(lm=lm):
+                optimizers = self._task.build_optimizers(self._context(prefix, lm))
                 optimizer, compile_args = optimizers[key], self._task.compile_args(optimizers).get(key, {})
                 stand_in_for(student, compile_args.get("teacher"))
                 refuse_optimizer_that_mixes_lms(optimizer, student)
-                outcome: tuple[dspy.Module, float | None, bool, bool] = super()._run_and_evaluate_step(
-                    optimizer, student, teacher, trainset, valset, compile_args, candidate_programs, current_strategy, *rest
+                compiled, score, _, _ = super()._run_and_evaluate_step(
+                    optimizer, student, teacher, trainset, valset, compile_args, [], prefix, *rest
                 )
+        except EmptyTrainingSet as error:
+            raise _without_data(compile_args, trainset) from error
+        except Exception:
             self._latch.check()
-            compiled, score, _, _ = outcome
-            seconds = time.time() - started
-            self._on_step(StepOutcome(current_strategy, compiled, score, self._example_scores, started, seconds))
-        except Exception as error:
-            self._latch.check()
-            if isinstance(error, EmptyTrainingSet):
-                error = _without_data(error, compile_args, trainset)
-            self.step_error = (f"{type(error).__name__}: {error}", traceback.format_exc())
-            raise error
-        return outcome
+            raise
+        return StepOutcome(prefix, compiled, score, self._example_scores, started, time.time() - started)
 
     def _evaluate_on_valset(
         self,
@@ -145,33 +205,45 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         effective_max_errors: int | None,
         provide_traceback: bool | None,
     ) -> float | None:
+        def evaluate() -> float | None:
+            return self._evaluated(program, valset, num_threads, effective_max_errors, provide_traceback)
+
+        def baseline() -> StepOutcome:
+            started = time.time()
+            score = evaluate()
+            return StepOutcome(BASELINE, program, score, self._example_scores, started, time.time() - started)
+
+        return self._kept(BASELINE, baseline).score if self._running == BASELINE else evaluate()
+
+    def _evaluated(
+        self,
+        program: dspy.Module,
+        valset: list[dspy.Example] | None,
+        num_threads: int | None,
+        max_errors: int | None,
+        provide_traceback: bool | None,
+    ) -> float | None:
         drop_traced_forward(program)
-        started = time.time()
-        score = None
         self._example_scores = ()
-        if valset:
-            evaluate = dspy.Evaluate(
-                devset=valset,
-                metric=self.metric,
-                num_threads=num_threads,
-                max_errors=effective_max_errors,
-                display_table=False,
-                display_progress=False,
-                provide_traceback=provide_traceback,
-            )
-            try:
-                with dspy.context(lm=self._ambient_lm):  # a metric that asks a model must not be judged by the student
-                    result = evaluate(program)
-            except Exception as error:
-                self._latch.check()
-                raise _stopped_evaluation(error, effective_max_errors) from error
-            score = float(result.score)
-            self._example_scores = tuple(float(example_score) for _, _, example_score in result.results)
-        self._latch.check()
-        if self._running == BASELINE:
-            seconds = time.time() - started
-            self._on_step(StepOutcome(BASELINE, program, score, self._example_scores, started, seconds))
-        return score
+        if not valset:
+            return None
+        evaluate = dspy.Evaluate(
+            devset=valset,
+            metric=self.metric,
+            num_threads=num_threads,
+            max_errors=max_errors,
+            display_table=False,
+            display_progress=False,
+            provide_traceback=provide_traceback,
+        )
+        try:
+            with dspy.context(lm=self._ambient_lm):  # a metric that asks a model must not be judged by the student
+                result = evaluate(program)
+        except Exception as error:
+            self._latch.check()
+            raise _stopped_evaluation(error, max_errors) from error
+        self._example_scores = tuple(float(example_score) for _, _, example_score in result.results)
+        return float(result.score)
 
     def _step(self, prefix: str) -> Any:
         """The context that a step's threads inherit; requests of any other step are refused from now on."""
@@ -185,11 +257,6 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         scratch_dir = self._scratch_dir / name
         scratch_dir.mkdir(parents=True, exist_ok=True)
         return StepContext(prefix=prefix, seed=step_seed(self._seed, prefix), scratch_dir=scratch_dir, lm=lm)
-
-
-def step_seed(seed: int, prefix: str) -> int:
-    """A seed of the step's own, the same whenever and wherever the step is run."""
-    return zlib.crc32(f"{seed}:{prefix}".encode())
 
 
 def student_lm(student: dspy.Module) -> dspy.LM:
@@ -231,13 +298,11 @@ def _stopped_evaluation(error: Exception, max_errors: int | None) -> Exception:
     )
 
 
-def _without_data(error: EmptyTrainingSet, compile_args: dict[str, Any], trainset: Sequence[dspy.Example]) -> TaskError:
+def _without_data(compile_args: dict[str, Any], trainset: Sequence[dspy.Example]) -> TaskError:
     teacher = compile_args.get("teacher")
     teachers = len(teacher) if isinstance(teacher, list) else 1
     traces = teachers * len(compile_args.get("trainset", trainset))
-    told = TaskError(
+    return TaskError(
         f"There is nothing to train on: the metric's filter left none of the {traces} bootstrapped traces. A stronger "
         "teacher, `bt_ray.gold_label_teacher`, or a metric that accepts more would leave some."
     )
-    told.__cause__ = error
-    return told

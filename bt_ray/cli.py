@@ -41,6 +41,13 @@ AddressOption = Annotated[
     typer.Option("--address", help='The Ray cluster: "auto" or its address. Default: one of its own, on this machine.'),
 ]
 
+AcceptOption = Annotated[
+    bool,
+    typer.Option(
+        "--accept-changes", help="Compute finished steps again that depend on something that changed since they finished."
+    ),
+]
+
 EXIT_WRONG_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
 
 
@@ -51,6 +58,7 @@ def check(
     run_dir: RunDirOption = None,
     assignments: SetOption = None,
     address: AddressOption = None,
+    accept_changes: AcceptOption = False,
 ) -> None:
     """Check a sweep in a few seconds, without starting a server: settings, task, strategies, model, run directory.
 
@@ -64,7 +72,7 @@ def check(
         from bt_ray.driver import run_directory
         from bt_ray.preflight import check_sweep
 
-        checked = check_sweep(config, run_directory(config))
+        checked = check_sweep(config, run_directory(config), accept_changes=accept_changes)
         train, val, test = checked.examples
         console.print(f"task       {config.task}", highlight=False, soft_wrap=True)
         console.print(f"model      {checked.base.id} ({checked.base.path})", highlight=False, soft_wrap=True)
@@ -73,10 +81,10 @@ def check(
         console.print("strategies " + ", ".join(f'"{name}"' for name in config.strategies), markup=False)
         for warning in _resource_warnings(config, address):
             console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
-        if checked.models_at_once > 1 and config.server.count // config.concurrent_trials < checked.models_at_once:
+        if checked.models_at_once > config.servers_per_trial:
             console.print(
                 f"warning: the program asks {checked.models_at_once} models, and a trial has "
-                f"{config.server.count // config.concurrent_trials} server: it is relaunched at each change of model.",
+                f"{config.servers_per_trial} server: it is relaunched at each change of model.",
                 style="yellow",
             )
         console.print("All good.", style="green")
@@ -89,6 +97,7 @@ def sweep(
     run_dir: RunDirOption = None,
     assignments: SetOption = None,
     address: AddressOption = None,
+    accept_changes: AcceptOption = False,
 ) -> None:
     """Run all strategies of a sweep, rank their programs, and keep the best.
 
@@ -106,7 +115,7 @@ def sweep(
         from bt_ray.report.table import closing_lines, result_table
 
         with Progress(console, config.strategies) as progress:
-            result = run_sweep(config, address=address, listener=progress)
+            result = run_sweep(config, address=address, listener=progress, accept_changes=accept_changes)
         console.print(result_table(result))
         for line in closing_lines(result):
             console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -135,9 +135,11 @@ class TrialConfig(Section):
 
     cpus: float = Field(0.1, gt=0)
     max_concurrent: int | None = Field(None, ge=1)
-    """Trials at a time. Default, and most: one for each model server."""
+    """Trials at a time. Default: two for each model server, of which one may wait for a step that another computes."""
+    step_retries: int = Field(1, ge=0)
+    """How often a step that lost its infrastructure is repeated within its trial."""
     max_failures: int = Field(1, ge=0)
-    """How often a trial that lost its infrastructure is run again."""
+    """How often a trial that lost its infrastructure all the same is run again."""
     request_retries: int = Field(3, ge=0)
     """How often one request is repeated after its server was lost and is back."""
 
@@ -185,9 +187,13 @@ class SweepConfig(Section):
 
     @property
     def concurrent_trials(self) -> int:
-        """Trials at a time: a trial holds one server while it lives, so never more than servers."""
-        limit = self.trial.max_concurrent or self.server.count
-        return min(limit, self.server.count, len(self.strategies))
+        """Trials at a time. More than servers, because one that waits for a step of another's holds none."""
+        return min(self.trial.max_concurrent or 2 * self.server.count, len(self.strategies))
+
+    @property
+    def servers_per_trial(self) -> int:
+        """Servers that a trial may hold at a time. Above 1 only where each trial can have as many at once."""
+        return max(1, self.server.count // self.concurrent_trials)
 
 
 def load_config(

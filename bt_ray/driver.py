@@ -1,24 +1,36 @@
 """The driver of a sweep: check, place the servers, let Ray Tune run the trials, rank, keep the best, test it."""
 
-import json
 import logging
 import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from bt_ray.best import keep_best
 from bt_ray.config import SweepConfig, make_config, with_absolute_paths
 from bt_ray.errors import BtRayError, ConfigError, InfrastructureError, ResourcesError
 from bt_ray.events import Event, ServerChanged, Stage, StepFinished, TrialEnded, TrialStarted
-from bt_ray.results import SweepResult, TrialResult, write_json
-from bt_ray.run_directory import RESULT, prepare_run_directory
+from bt_ray.fingerprint import digest
+from bt_ray.preflight import Checked, check_resources, check_sweep, inside_job
+from bt_ray.results import Candidate, StepFailure, SweepResult, TrialResult
+from bt_ray.run_directory import RESULT, held, prepare_run_directory
+from bt_ray.storage import Storage
+from bt_ray.store import FinishedStep, StepStore
+from bt_ray.strategy import BASELINE, prefixes, start_order
+
+if TYPE_CHECKING:
+    from bt_ray.trial import TrialSetup
 
 Listener = Callable[[Event], None]
+
+CLAIMS_PER_DRIVER = 1_000_000
+"""Claims are numbered from this multiple of how many drivers the run directory has seen, so none is numbered twice."""
 
 DRIVER_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a task's relative paths mean the same in every process
@@ -36,6 +48,7 @@ def sweep(
     run_dir: str | Path | None = None,
     address: str | None = None,
     listener: Listener | None = None,
+    accept_changes: bool = False,
 ) -> SweepResult:
     """Run every strategy of `config` on `task`, and return the ranked result.
 
@@ -45,46 +58,121 @@ def sweep(
         run_dir: Where everything is kept; replaces `config`'s. Default: a new folder below `runs/`.
         address: The Ray cluster; default: the one that `RAY_ADDRESS` or the job names, else one of its own.
         listener: Told what happens, from several threads.
+        accept_changes: Whether finished steps in `run_dir` are computed again that depend on something that changed since.
 
     Raises:
         BtRayError: The sweep cannot start, or the servers cannot be had. A strategy that fails does not raise: it is a
             row of the result with its error.
     """
-    from bt_ray.preflight import inside_job
-
     values = config.model_dump() if isinstance(config, SweepConfig) else dict(config)
     values |= {"task": task} | ({"run_dir": str(run_dir)} if run_dir is not None else {})
     values = with_absolute_paths(values, Path.cwd(), refuse_relative=inside_job())
-    return run_sweep(make_config(values), address=address, listener=listener)
+    return run_sweep(make_config(values), address=address, listener=listener, accept_changes=accept_changes)
 
 
-def run_sweep(config: SweepConfig, *, address: str | None = None, listener: Listener | None = None) -> SweepResult:
+def run_sweep(
+    config: SweepConfig,
+    *,
+    address: str | None = None,
+    listener: Listener | None = None,
+    accept_changes: bool = False,
+) -> SweepResult:
     """`sweep` with everything in `config`."""
-    from bt_ray.preflight import check_sweep
-
     tell = listener or (lambda event: None)
-    started = time.time()
     tell(Stage("Checking the task"))
     run_dir = run_directory(config)
     config = config.model_copy(update={"run_dir": str(run_dir)})
-    checked = check_sweep(config, run_dir)
-    with connected(address, tell) as own, placed_servers(config, run_dir, own, tell) as (pool, servers):
-        from bt_ray.best import keep_best
+    checked = check_sweep(config, run_dir, accept_changes=accept_changes)
+    with held(run_dir) as drivers:
+        sweep = _Sweep(config, run_dir, checked, tell)
+        prepare_run_directory(sweep.store.storage, config, checked.keys)
+        return sweep.run(address, first_fence=drivers * CLAIMS_PER_DRIVER)
+
+
+class _Sweep:
+    """One run of a sweep, in its run directory."""
+
+    def __init__(self, config: SweepConfig, run_dir: Path, checked: Checked, tell: Listener) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.checked = checked
+        self.tell = tell
+        self.store = StepStore(Storage(run_dir))
+        self.started = time.time()
+
+    def run(self, address: str | None, first_fence: int) -> SweepResult:
+        """Compute what is not finished, keep the best, and test it."""
+        keys = self.checked.keys
+        finished = self.finished()
+        if finished:
+            self.tell(Stage(f"{len(finished)} of {len(keys)} steps are finished already, the baseline included"))
+        if len(finished) == len(keys):
+            result = self.with_known_test(self.gathered({}))
+            if result.test_score is not None or not self.checked.task.testset:
+                self.keep(result)
+                return result
+        with connected(address, self.tell) as own, placed_servers(self.config, self.run_dir, own, self.tell) as placed:
+            pool, servers = placed
+            setup = self.setup(pool, servers, {finished[prefix].key for prefix in finished}, first_fence)
+            with _watched(pool, servers, self.tell):
+                errors = _run_trials(setup, finished, self.tell) if len(finished) < len(keys) else {}
+                result = self.with_known_test(self.gathered(errors))
+                self.keep(result)
+                if result.best is not None and result.test_score is None and self.checked.task.testset:
+                    self.store.storage.write_json(self.test_file(result.best), _tested(result.best, setup, self.tell))
+                    result = self.with_known_test(self.gathered(errors))
+                    self.keep(result)
+        return result
+
+    def setup(self, pool: Any, servers: Sequence[Any], committed: set[str], first_fence: int) -> "TrialSetup":
+        from bt_ray.actors.step_claims import StepClaims
         from bt_ray.trial import TrialSetup
 
-        prepare_run_directory(run_dir, config, checked.base)
-        setup = TrialSetup(config, portable_task(config.task), run_dir, checked.base, pool, servers)
-        with _watched(pool, servers, tell):
-            trials = _run_trials(setup, tell)
-            result = SweepResult(str(run_dir), trials, time.time() - started)
-            if result.best is not None:
-                keep_best(result.best, run_dir, checked.base, config, config.task)
-            write_json(run_dir / RESULT, result.to_json())
-            if result.best is not None and checked.task.testset:
-                result = _tested(result, setup, tell)
-                result = replace(result, seconds=time.time() - started)
-                write_json(run_dir / RESULT, result.to_json())
-    return result
+        claims = StepClaims.remote(committed, first_fence)  # type: ignore[attr-defined]
+        task = portable_task(self.config.task)
+        return TrialSetup(self.config, task, self.run_dir, self.checked.base, self.checked.keys, pool, servers, claims)
+
+    def finished(self) -> dict[str, FinishedStep]:
+        """The finished steps of the sweep's strategies, by prefix."""
+        return self.store.finished({prefix: key.key for prefix, key in self.checked.keys.items()}, self.checked.base.id)
+
+    def gathered(self, errors: Mapping[str, Exception]) -> SweepResult:
+        """What is on the store, as the result. `errors`: of trials that were lost, by strategy."""
+        finished = self.finished()
+        trials = []
+        for strategy in self.config.strategies:
+            steps = list(takewhile(bool, (finished.get(prefix) for prefix in [BASELINE, *prefixes(strategy)])))
+            candidates = tuple(step.candidate(strategy) for step in steps if step)
+            failure = None if strategy in finished else self.failure(strategy, errors.get(strategy))
+            trials.append(TrialResult(strategy, candidates, *((failure.message, failure.traceback) if failure else ())))
+            self.tell(TrialEnded(strategy, trials[-1].error))
+        return SweepResult(str(self.run_dir), tuple(trials), time.time() - self.started)
+
+    def failure(self, strategy: str, error: Exception | None) -> StepFailure:
+        """Why a trial did not get to its end: what it recorded itself, or how it was lost."""
+        from bt_ray.trial import FAILURE_FILE, trial_name
+
+        recorded = self.store.storage.read_json(f"trials/{trial_name(self.config, strategy)}/{FAILURE_FILE}")
+        if recorded is not None:
+            return StepFailure(**recorded)
+        error = error or InfrastructureError("The trial was lost before its end.")
+        return StepFailure(_cause(error), str(error))
+
+    def with_known_test(self, result: SweepResult) -> SweepResult:
+        """The result with its best program's score on the testset, if that is on the store."""
+        if result.best is None or not self.checked.task.testset:
+            return result
+        scores = self.store.storage.read_json(self.test_file(result.best))
+        return replace(result, test_score=scores[0], test_example_scores=tuple(scores[1])) if scores else result
+
+    def test_file(self, best: Candidate) -> str:
+        """Where the score of a program on the testset is kept."""
+        return f"tests/{self.checked.keys[best.prefix].key}-{digest(list(self.checked.task.testset or ()))}.json"
+
+    def keep(self, result: SweepResult) -> None:
+        self.store.storage.write_json(RESULT, result.to_json())
+        if result.best is not None:
+            keep_best(result.best, self.run_dir, self.checked.base, self.config, self.config.task)
 
 
 def run_directory(config: SweepConfig) -> Path:
@@ -93,8 +181,6 @@ def run_directory(config: SweepConfig) -> Path:
     Raises:
         ConfigError: It is relative inside a Ray job, whose working directory goes away with the job.
     """
-    from bt_ray.preflight import inside_job
-
     name = Path(config.task.rpartition(":")[0]).stem
     given = Path(config.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
     if inside_job() and not given.is_absolute():
@@ -107,8 +193,6 @@ def run_directory(config: SweepConfig) -> Path:
 
 def portable_task(task: str) -> str:
     """The task's spec as a worker resolves it: inside a job relative to the working directory, which each node has."""
-    from bt_ray.preflight import inside_job
-
     where, _, function = task.rpartition(":")
     path = Path(where)
     if inside_job() and path.is_absolute() and path.is_relative_to(Path.cwd()):
@@ -122,8 +206,6 @@ def connected(address: str | None, tell: Listener) -> Iterator[bool]:
 
     Gives whether it is the sweep's own.
     """
-    from bt_ray.preflight import inside_job
-
     os.environ.update(DRIVER_ENVIRONMENT)
     own = address is None and not inside_job() and "RAY_ADDRESS" not in os.environ
     if own:
@@ -163,7 +245,6 @@ def placed_servers(config: SweepConfig, run_dir: Path, own: bool, tell: Listener
 
     from bt_ray.actors.model_server import ModelServer
     from bt_ray.actors.server_pool import ServerPool
-    from bt_ray.preflight import check_resources
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for warning in check_resources(config, nodes):
@@ -212,20 +293,20 @@ def _stop(servers: Sequence[Any]) -> None:
         return
 
 
-def _run_trials(setup: Any, tell: Listener) -> tuple[TrialResult, ...]:
-    """One Ray Tune trial for each strategy; what they found, in the order of the strategies."""
+def _run_trials(setup: "TrialSetup", finished: Collection[str], tell: Listener) -> dict[str, Exception]:
+    """Run a Ray Tune trial for each strategy; the errors of those that were lost, by strategy."""
     import ray
     from ray import tune
     from ray.tune import FailureConfig, RunConfig, TuneConfig, TuneError, Tuner
 
     from bt_ray.trial import run_trial
 
-    config: SweepConfig = setup.config
+    config = setup.config
     tell(Stage(f"Running {len(config.strategies)} strategies"))
     trainable = tune.with_resources(tune.with_parameters(run_trial, setup=setup), {"CPU": config.trial.cpus})
     tuner = Tuner(
         trainable,
-        param_space={"strategy": tune.grid_search(list(config.strategies))},
+        param_space={"strategy": tune.grid_search(start_order(config.strategies, finished))},
         tune_config=TuneConfig(max_concurrent_trials=config.concurrent_trials, reuse_actors=False),
         run_config=RunConfig(
             name="tune",
@@ -244,23 +325,7 @@ def _run_trials(setup: Any, tell: Listener) -> tuple[TrialResult, ...]:
                 errors[outcome.config["strategy"]] = outcome.error
     except (TuneError, ray.exceptions.RayError) as error:  # the trials kept what they found
         errors = dict.fromkeys(config.strategies, error)
-    trials = tuple(_read_trial(setup, strategy, errors.get(strategy)) for strategy in config.strategies)
-    for trial in trials:
-        tell(TrialEnded(trial.strategy, trial.error))
-    return trials
-
-
-def _read_trial(setup: Any, strategy: str, error: Exception | None) -> TrialResult:
-    from bt_ray.trial import TRIAL_FILE
-
-    try:
-        trial = TrialResult.from_json(json.loads((setup.trial_dir(strategy) / TRIAL_FILE).read_text()))
-    except FileNotFoundError:
-        trial = TrialResult(strategy)
-    if trial.ended:
-        return trial
-    error = error or InfrastructureError("The trial was lost before its end.")
-    return replace(trial, error=_cause(error), traceback=str(error))
+    return errors
 
 
 def _cause(error: Exception) -> str:
@@ -270,7 +335,8 @@ def _cause(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or repr(error)
 
 
-def _tested(result: SweepResult, setup: Any, tell: Listener) -> SweepResult:
+def _tested(best: Candidate, setup: "TrialSetup", tell: Listener) -> tuple[float, Sequence[float]]:
+    """The best program's score on the testset, in percent, and the metric's value for each example."""
     import ray
 
     from bt_ray.trial import TestEvaluation
@@ -279,12 +345,12 @@ def _tested(result: SweepResult, setup: Any, tell: Listener) -> SweepResult:
     options = {"num_cpus": setup.config.trial.cpus, "max_restarts": setup.config.trial.max_failures}
     evaluation = TestEvaluation.options(**options).remote()  # type: ignore[attr-defined]
     try:
-        score, example_scores = ray.get(evaluation.score.remote(setup, result.best))
+        scores: tuple[float, Sequence[float]] = ray.get(evaluation.score.remote(setup, best))
     except ray.exceptions.RayError as error:
         if isinstance(cause := getattr(error, "cause", None), BtRayError):
             raise cause from error
         raise InfrastructureError(f"The test of the best program was lost: {error}") from error
-    return replace(result, test_score=score, test_example_scores=tuple(example_scores))
+    return scores
 
 
 def _tune_callback(tell: Listener) -> Any:

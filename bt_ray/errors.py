@@ -18,6 +18,19 @@ class TaskError(BtRayError):
     """The user's task (program, data, metric, optimizers, teacher) is wrong or failed."""
 
 
+class StepFailed(TaskError):
+    """A step failed for another trial that computed it, and so it has for this one.
+
+    Args:
+        message: What failed.
+        traceback: As it was where the step was computed.
+    """
+
+    def __init__(self, message: str, traceback: str) -> None:
+        super().__init__(message)
+        self.traceback = traceback
+
+
 class ResourcesError(BtRayError):
     """The cluster can never give what the sweep asks for."""
 
@@ -35,6 +48,10 @@ class ServerError(InfrastructureError):
 
 class TrainingError(InfrastructureError):
     """A training process died. The message ends with its last log lines."""
+
+
+class StorageError(InfrastructureError):
+    """The run directory cannot be read or written: full, not permitted, or not reachable."""
 
 
 class InfrastructureFailure(BaseException):

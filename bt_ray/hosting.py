@@ -40,6 +40,9 @@ class Models(Protocol):
     def kill(self, weights_id: str) -> None:
         """The weights are not needed for now; requests may still come."""
 
+    def add(self, weights: Weights) -> None:
+        """Make weights known that were trained before."""
+
 
 class FailureLatch:
     """Remembers that infrastructure was lost for good, since DSPy forgets exceptions. One for each trial."""
@@ -55,6 +58,11 @@ class FailureLatch:
                 self._failure = InfrastructureFailure(str(error))
                 self._failure.__cause__ = error
             return self._failure
+
+    def release(self) -> None:
+        """Forget what was remembered: the step is tried again."""
+        with self._lock:
+            self._failure = None
 
     def check(self) -> None:
         """Raises the failure that was remembered, if any."""

@@ -58,6 +58,8 @@ class ServedEngine:
         self.models = models
         self.latch = latch
         self.step: str | None = None
+        self.answered = 0
+        """Requests that were answered."""
         self._retries = retries
         self._timeout_s = timeout_s
         self._max_connections = max_connections
@@ -83,12 +85,16 @@ class ServedEngine:
             try:
                 with self.models.request(weights_id) as endpoint:
                     try:
-                        return self._client(endpoint).complete(request)
+                        response = self._client(endpoint).complete(request)
                     except LM15Error as failure:
                         if not server_is_to_blame(failure):
                             raise
                         error = failure
                         self.models.lost(endpoint)
+                        continue
+                with self._lock:
+                    self.answered += 1
+                return response
             except InfrastructureError as failure:
                 error = failure
                 break

@@ -63,5 +63,8 @@ class LocalModels:
         self._endpoint = None
         self._slot.stop()
 
+    def add(self, weights: Weights) -> None:
+        self._weights[weights.id] = weights
+
     def finetune(self, weights_id: str, conversations: Sequence[Conversation], train_kwargs: dict[str, Any]) -> Weights:
         raise TaskError("A loaded program is for use. To fine-tune it, run a sweep.")

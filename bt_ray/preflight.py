@@ -4,7 +4,7 @@ import contextlib
 import io
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,13 @@ from dspy.teleprompt.teleprompt import Teleprompter
 
 from bt_ray.config import SweepConfig
 from bt_ray.errors import BtRayError, ConfigError, InfrastructureFailure, ResourcesError, ServerError, TaskError
+from bt_ray.fingerprint import StepKey, step_keys
 from bt_ray.hosting import Conversation, FailureLatch
 from bt_ray.lm import ServedEngine, assign_lm, served_lm
 from bt_ray.run_directory import check_run_directory
 from bt_ray.serving.server import Endpoint
-from bt_ray.strategy import BASELINE, check_distinct, parse
-from bt_ray.task import StepContext, Task, check_optimizers, load_task
+from bt_ray.strategy import BASELINE, all_prefixes, check_distinct, parse
+from bt_ray.task import StepContext, Task, check_optimizers, load_task, step_seed
 from bt_ray.training.job import check_trainable
 from bt_ray.weights import Weights, base_weights
 
@@ -35,6 +36,7 @@ class Checked:
         examples: Sizes of trainset, valset (0: none) and testset.
         optimizers: The optimizers' class names by key.
         models_at_once: How many versions of models the program asks at once, at most.
+        keys: The key of the baseline and of each step of the strategies, by prefix.
     """
 
     task: Task
@@ -42,10 +44,16 @@ class Checked:
     examples: tuple[int, int, int]
     optimizers: dict[str, str]
     models_at_once: int
+    keys: dict[str, StepKey]
 
 
-def check_sweep(config: SweepConfig, run_dir: Path | None) -> Checked:
+def check_sweep(config: SweepConfig, run_dir: Path | None, *, accept_changes: bool = False) -> Checked:
     """Check everything that needs no cluster.
+
+    Args:
+        config: The sweep's settings.
+        run_dir: Where it would be kept; None to leave that out.
+        accept_changes: Whether finished steps in `run_dir` may be computed again because something changed.
 
     Raises:
         BtRayError: The first thing that would make the sweep fail, and what to do about it.
@@ -56,7 +64,12 @@ def check_sweep(config: SweepConfig, run_dir: Path | None) -> Checked:
     lm = served_lm(base, engine, config.lm)
     assign_lm(task.program, lm)
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
-        optimizers = _built(task, StepContext(prefix=BASELINE, seed=config.seed, scratch_dir=Path(scratch), lm=lm))
+
+        def context(prefix: str) -> StepContext:
+            return StepContext(prefix, step_seed(config.seed, prefix), Path(scratch), lm)
+
+        optimizers = _built(task, context(BASELINE))
+        keys = _keys(task, config, base, optimizers, context)
     check_distinct(config.strategies)
     strategies = [parse(strategy, optimizers) for strategy in config.strategies]
     check_optimizers(task, optimizers, strategies)
@@ -65,9 +78,22 @@ def check_sweep(config: SweepConfig, run_dir: Path | None) -> Checked:
     if any(key in weight_keys for keys in strategies for key in keys):
         check_trainable(config.server, config.train)
     if run_dir is not None:
-        check_run_directory(run_dir, config, base)
+        check_run_directory(run_dir, keys, accept_changes=accept_changes)
     names = {key: type(optimizer).__name__ for key, optimizer in optimizers.items()}
-    return Checked(task, base, examples, names, len({predictor.lm.model for predictor in task.program.predictors()}))
+    models = {predictor.lm.model for predictor in task.program.predictors()}
+    return Checked(task, base, examples, names, len(models), keys)
+
+
+def _keys(
+    task: Task,
+    config: SweepConfig,
+    base: Weights,
+    optimizers: Mapping[str, Teleprompter],
+    context: Callable[[str], StepContext],
+) -> dict[str, StepKey]:
+    for strategy in config.strategies:
+        parse(strategy, optimizers)
+    return step_keys(task, config, base, all_prefixes(config.strategies), context)
 
 
 def _built(task: Task, context: StepContext) -> Mapping[str, Teleprompter]:
@@ -166,6 +192,8 @@ class _NoModels:
     def lost(self, endpoint: Endpoint) -> None: ...
 
     def kill(self, weights_id: str) -> None: ...
+
+    def add(self, weights: Weights) -> None: ...
 
     def finetune(self, weights_id: str, conversations: Sequence[Conversation], train_kwargs: dict[str, Any]) -> Weights:
         raise ServerError("No model is served during a check.")

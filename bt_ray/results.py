@@ -2,10 +2,12 @@
 
 import json
 import os
+import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from bt_ray.errors import StepFailed
 from bt_ray.strategy import length
 
 SCHEMA_VERSION = 1
@@ -42,6 +44,21 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class StepFailure:
+    """How the user's part of a step failed."""
+
+    message: str
+    traceback: str
+
+
+def failure_of(error: Exception) -> StepFailure:
+    """`error` as a value. That of a step which another trial computed is one already."""
+    if isinstance(error, StepFailed):
+        return StepFailure(str(error), error.traceback)
+    return StepFailure(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
+
+
+@dataclass(frozen=True)
 class TrialResult:
     """How one strategy went.
 
@@ -63,11 +80,6 @@ class TrialResult:
         if all(candidate.score is None for candidate in self.candidates):
             return self.candidates[-1] if self.candidates else None
         return min(self.candidates, key=lambda candidate: candidate.rank_key)
-
-    @property
-    def ended(self) -> bool:
-        """Whether it went to its end, or recorded why it did not. A trial that was lost has done neither."""
-        return self.error is not None or (bool(self.candidates) and self.candidates[-1].prefix == self.strategy)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -3,7 +3,7 @@
 A step is named by its prefix: `"p -> w"` is the second step of `"p -> w -> p"`. The empty prefix is the baseline.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from bt_ray.errors import ConfigError, nearest
 
@@ -51,3 +51,32 @@ def check_distinct(strategies: Iterable[str]) -> None:
         if strategy in seen:
             raise ConfigError(f'Strategy "{strategy}" is given twice.')
         seen.add(strategy)
+
+
+def parent(prefix: str) -> str:
+    """The step before `prefix`; the baseline for a single step."""
+    return prefix.rpartition(SEPARATOR)[0]
+
+
+def all_prefixes(strategies: Iterable[str]) -> list[str]:
+    """The steps of all strategies, each once, shorter ones first."""
+    return sorted({prefix for strategy in strategies for prefix in prefixes(strategy)}, key=length)
+
+
+def start_order(strategies: Iterable[str], finished: Collection[str]) -> list[str]:
+    """The order in which to start trials: the most different unfinished steps under way first, then the longest path."""
+    waiting, under_way, order = list(strategies), set[str](), []
+
+    def todo(strategy: str) -> list[str]:
+        return [prefix for prefix in prefixes(strategy) if prefix not in finished]
+
+    def rank(strategy: str) -> tuple[bool, int]:
+        steps = todo(strategy)
+        return not steps or steps[0] in under_way, -len(steps)
+
+    while waiting:
+        chosen = min(waiting, key=rank)
+        waiting.remove(chosen)
+        under_way.update(todo(chosen)[:1])
+        order.append(chosen)
+    return order

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,11 @@ class StepContext:
     seed: int
     scratch_dir: Path
     lm: dspy.LM
+
+
+def step_seed(seed: int, prefix: str) -> int:
+    """A seed of the step's own, the same whenever and wherever the step is run."""
+    return zlib.crc32(f"{seed}:{prefix}".encode())
 
 
 OptimizersFunction = Callable[[StepContext], Mapping[str, Teleprompter]]

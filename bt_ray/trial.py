@@ -6,10 +6,9 @@ strategy, keeps each step's program and reports each step's score.
 
 import logging
 import os
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,15 @@ from ray.actor import ActorHandle
 
 from bt_ray.config import SweepConfig
 from bt_ray.errors import InfrastructureError, InfrastructureFailure
-from bt_ray.results import Candidate, TrialResult, write_json
-from bt_ray.strategy import BASELINE, SEPARATOR, length
+from bt_ray.fingerprint import StepKey
+from bt_ray.results import Candidate, StepFailure, failure_of
+from bt_ray.storage import Storage
+from bt_ray.store import FinishedStep, StepStore
+from bt_ray.strategy import BASELINE, SEPARATOR
 from bt_ray.weights import Weights
 
-TRIAL_FILE = "trial.json"
+FAILURE_FILE = "failure.json"
+TESTS = "tests"
 
 
 @dataclass(frozen=True)
@@ -35,62 +38,81 @@ class TrialSetup:
         task: The task's spec as a worker resolves it.
         run_dir: The sweep's run directory.
         base: The student's base weights.
+        keys: The key of each step, by prefix.
         pool: The sweep's server pool.
         servers: Its model servers.
+        claims: Its step claims.
     """
 
     config: SweepConfig
     task: str
     run_dir: Path
     base: Weights
+    keys: Mapping[str, StepKey]
     pool: "ActorHandle[Any]"
     servers: "Sequence[ActorHandle[Any]]"
+    claims: "ActorHandle[Any]"
 
-    def trial_dir(self, strategy: str) -> Path:
-        return self.run_dir / "trials" / f"{self.config.strategies.index(strategy):03d}-{slug(strategy)}"
+    @property
+    def store(self) -> StepStore:
+        return StepStore(Storage(self.run_dir))
 
 
-def slug(prefix: str) -> str:
-    """A prefix as a file name: `"p -> w"` is `p-w`."""
-    return prefix.replace(SEPARATOR, "-") or "baseline"
+def trial_name(config: SweepConfig, strategy: str) -> str:
+    """The trial's folder below `trials/`."""
+    return f"{config.strategies.index(strategy):03d}-{strategy.replace(SEPARATOR, '-')}"
 
 
 def run_trial(params: dict[str, Any], setup: TrialSetup) -> None:
     """Ray Tune's trainable: walk `params["strategy"]`, keep and report each step.
 
-    A failure of the user's is kept in the trial's result. Lost infrastructure is raised, and Ray Tune runs the trial again.
+    A failure of the user's is kept in the trial's folder. Lost infrastructure is raised, and Ray Tune runs the trial again.
     """
     strategy = params["strategy"]
-    trial_dir = setup.trial_dir(strategy)
-    with _log_file(trial_dir / "log.txt"):
-        recorder = _Recorder(setup, strategy, trial_dir)
+    folder = f"trials/{trial_name(setup.config, strategy)}"
+    with _log_file(setup.run_dir / folder / "log.txt"):
+        reporter = _Reporter()
         try:
-            step_error = _walk(strategy, setup, trial_dir, recorder)
-        except InfrastructureFailure as failure:
-            raise InfrastructureError(str(failure)) from failure
+            failure = _walk(strategy, setup, setup.run_dir / folder / "scratch", reporter)
+        except InfrastructureFailure as lost:
+            raise InfrastructureError(str(lost)) from lost
         except InfrastructureError:
             raise
-        except Exception as failure:
-            step_error = (f"{type(failure).__name__}: {failure}", traceback.format_exc())
-        recorder.finish(step_error)
+        except Exception as error:
+            failure = failure_of(error)
+        if failure is not None:
+            setup.store.storage.write_json(f"{folder}/{FAILURE_FILE}", asdict(failure))
+        reporter.finish()
 
 
-def _walk(strategy: str, setup: TrialSetup, trial_dir: Path, recorder: "_Recorder") -> tuple[str, str] | None:
-    """Walk the strategy; returns message and traceback of the step that ended it early, None if it went to its end."""
+def _walk(strategy: str, setup: TrialSetup, scratch_dir: Path, reporter: "_Reporter") -> StepFailure | None:
+    """Walk the strategy; returns how the step failed that ended it early, None if it went to its end."""
     import dspy
 
+    from bt_ray.actors.step_claims import RemoteClaims
     from bt_ray.better_together import SweepBetterTogether, student_lm
+    from bt_ray.kept_steps import KeptSteps
 
     config = setup.config
     with student(setup, f"trial {strategy}", config.num_threads) as (task, engine):
+        steps = KeptSteps(
+            setup.store,
+            RemoteClaims(setup.claims),
+            setup.keys,
+            task.program,
+            engine,
+            give_back=engine.models.give_back,
+            on_step=reporter.report,
+        )
         optimizer = SweepBetterTogether(
             task,
             student_lm(task.program),
             seed=config.seed,
-            scratch_dir=trial_dir / "scratch",
+            scratch_dir=scratch_dir,
             latch=engine.latch,
             engine=engine,
-            on_step=recorder.record,
+            steps=steps,
+            retries=config.trial.step_retries,
         )
         with dspy.context(num_threads=config.num_threads, **_max_errors(config)):
             optimizer.walk(
@@ -101,7 +123,7 @@ def _walk(strategy: str, setup: TrialSetup, trial_dir: Path, recorder: "_Recorde
                 valset_ratio=config.valset_ratio,
                 shuffle_trainset_between_steps=config.shuffle_trainset_between_steps,
             )
-        return optimizer.step_error
+        return optimizer.failure
 
 
 @ray.remote
@@ -120,18 +142,18 @@ class TestEvaluation:
 def _evaluate_on_testset(setup: TrialSetup, best: Candidate) -> tuple[float, tuple[float, ...]]:
     import dspy
 
-    from bt_ray.best import load_state
+    from bt_ray.kept_steps import load_state
     from bt_ray.lm import served_lm
 
     config = setup.config
     with _log_file(setup.run_dir / "trials" / "test.txt"), student(setup, "test", config.num_threads) as (task, engine):
-        weights = {i: _stored_weights(setup, i) for i in set(best.weights.values())}
+        weights = {i: setup.base if i == setup.base.id else setup.store.read_weights(i) for i in best.weights.values()}
         for stored in weights.values():
             engine.models.add(stored)
         for name, predictor in task.program.named_predictors():
             if name in best.weights:
                 predictor.lm = served_lm(weights[best.weights[name]], engine, config.lm)
-        load_state(task.program, setup.run_dir / best.program)
+        load_state(task.program, setup.store.read_program(best.program))
         with dspy.context(num_threads=config.num_threads):
             result = dspy.Evaluate(
                 devset=list(task.testset or ()),
@@ -169,72 +191,26 @@ def student(setup: TrialSetup, holder: str, threads: int) -> Iterator[tuple[Any,
     try:
         yield task, engine
     finally:
-        models.close()
+        models.give_back()
 
 
-class _Recorder:
-    """Keeps what a trial finds: each step's program, and `trial.json` after each step."""
+class _Reporter:
+    """Tells Ray Tune what each step gave."""
 
-    def __init__(self, setup: TrialSetup, strategy: str, trial_dir: Path) -> None:
-        self._setup = setup
-        self._strategy = strategy
-        self._trial_dir = trial_dir
-        self._candidates: list[Candidate] = []
+    def __init__(self) -> None:
+        self._best: float | None = None
+        self._reported = False
 
-    def record(self, outcome: Any) -> None:
-        """Keep and report a step.
+    def report(self, step: FinishedStep) -> None:
+        if step.score is not None:
+            self._best = step.score if self._best is None else max(self._best, step.score)
+        values = {"prefix": step.prefix, "score": step.score, "best_score": self._best, "seconds": step.seconds}
+        tune.report(values)
+        self._reported = True
 
-        Raises:
-            InfrastructureFailure: The run directory cannot be written.
-        """
-        try:
-            self._keep(outcome)
-        except OSError as error:
-            raise InfrastructureFailure(f"{self._trial_dir} cannot be written: {error}") from error
-
-    def _keep(self, outcome: Any) -> None:
-        from bt_ray.best import save_program, served_weights
-
-        program = self._trial_dir / f"{length(outcome.prefix)}-{slug(outcome.prefix)}" / "program.json"
-        save_program(outcome.program, program)
-        candidate = Candidate(
-            strategy=self._strategy,
-            prefix=outcome.prefix,
-            score=outcome.score,
-            example_scores=outcome.example_scores,
-            started=outcome.started,
-            seconds=outcome.seconds,
-            weights=served_weights(outcome.program),
-            program=str(program.relative_to(self._setup.run_dir)),
-        )
-        self._candidates.append(candidate)
-        trial = self._write(None)
-        assert trial.best is not None
-        tune.report(
-            {
-                "prefix": candidate.prefix or BASELINE,
-                "score": candidate.score,
-                "best_score": trial.best.score,
-                "seconds": candidate.seconds,
-            }
-        )
-
-    def finish(self, error: tuple[str, str] | None) -> None:
-        self._write(error)
-        if not self._candidates:
+    def finish(self) -> None:
+        if not self._reported:  # Ray Tune takes a trial that never reported for a lost one
             tune.report({"prefix": BASELINE, "score": None, "best_score": None, "seconds": 0.0})
-
-    def _write(self, error: tuple[str, str] | None) -> TrialResult:
-        message, trace = error or (None, None)
-        trial = TrialResult(self._strategy, tuple(self._candidates), message, trace)
-        write_json(self._trial_dir / TRIAL_FILE, trial.to_json())
-        return trial
-
-
-def _stored_weights(setup: TrialSetup, weights_id: str) -> Weights:
-    from bt_ray.weights import read_manifest
-
-    return setup.base if weights_id == setup.base.id else read_manifest(setup.run_dir / "weights" / weights_id)
 
 
 def _max_errors(config: SweepConfig) -> dict[str, int]:

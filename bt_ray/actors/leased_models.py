@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
+from bt_ray.actors.calls import ActorGone, ask
+from bt_ray.actors.liveness import this_actor
 from bt_ray.config import SweepConfig, override_train
-from bt_ray.errors import BtRayError, InfrastructureError, ServerError
+from bt_ray.errors import ServerError
 from bt_ray.hosting import Conversation
 from bt_ray.serving.server import Endpoint
 from bt_ray.training.job import check_trainable
@@ -65,7 +65,7 @@ class LeasedModels:
         self._servers = servers
         self._config = config
         self._weights_dir = weights_dir
-        self._quota = max(1, len(servers) // config.concurrent_trials)
+        self._quota = config.servers_per_trial
         self.weights = {base.id: base}
         self._leases: list[_Lease] = []
         self._door = threading.Lock()
@@ -112,7 +112,7 @@ class LeasedModels:
         try:
             output_dir = str(self._weights_dir / new_id)
             arguments = (parent, new_id, list(conversations), train, self._config.seed, output_dir)
-            trained: Weights = _ask(self._servers[lease.index].train, *arguments)
+            trained: Weights = ask(self._servers[lease.index].train, *arguments)
         finally:
             with self._changed:
                 lease.training = False
@@ -121,16 +121,15 @@ class LeasedModels:
         return trained
 
     def add(self, weights: Weights) -> None:
-        """Make weights known that an earlier step of the sweep trained."""
         self.weights[weights.id] = weights
 
-    def close(self) -> None:
-        """Give all leases back."""
+    def give_back(self) -> None:
+        """Give all leases back. The next request or training takes one again."""
         with self._door:
             leases, self._leases = self._leases, []
         for lease in leases:
             served = lease.endpoint.weights_id if lease.endpoint else None
-            _ask(self._pool.give_back, self._holder, lease.index, served)
+            ask(self._pool.give_back, self._holder, lease.index, served)
 
     def _lease_for(self, weights_id: str) -> _Lease:
         """A lease that serves these weights, or that nothing uses; called with the door held."""
@@ -147,10 +146,7 @@ class LeasedModels:
                     lease.endpoint = None
                     return lease
                 self._changed.wait()
-        # The handle goes in a list, because Ray would resolve a bare one; outside a trial there is no actor to watch.
-        actor_id = ray.get_runtime_context().get_actor_id()
-        actor = [ray.get_runtime_context().current_actor] if actor_id else []
-        lease = _Lease(_ask(self._pool.acquire, self._holder, actor, weights_id))
+        lease = _Lease(ask(self._pool.acquire, self._holder, this_actor(), weights_id))
         with self._changed:
             self._leases.append(lease)
         return lease
@@ -160,8 +156,8 @@ class LeasedModels:
         deadline = None
         while True:
             try:
-                endpoint: Endpoint = _ask(server.serve, weights, timeout_s=self._config.server.start_timeout_s + RESTART_S)
-            except _ActorGone as gone:
+                endpoint: Endpoint = ask(server.serve, weights, timeout_s=self._config.server.start_timeout_s + RESTART_S)
+            except ActorGone as gone:
                 deadline = deadline or time.monotonic() + RESTART_S
                 if time.monotonic() > deadline:
                     raise ServerError(f"Model server {lease.index} did not come back: {gone}") from gone
@@ -170,25 +166,3 @@ class LeasedModels:
                 with self._changed:
                     lease.endpoint = endpoint
                 return
-
-
-class _ActorGone(InfrastructureError):
-    """An actor died, is being restarted, or cannot be reached."""
-
-
-def _ask(method: Any, *arguments: Any, timeout_s: float | None = None) -> Any:
-    """Call an actor's method and wait; its own errors come back as they were raised there.
-
-    Raises:
-        InfrastructureError: The actor is gone, or did not answer in time.
-    """
-    try:
-        return ray.get(method.remote(*arguments), timeout=timeout_s)
-    except GetTimeoutError as error:
-        raise ServerError(f"A model server did not answer within {timeout_s} s.") from error
-    except RayTaskError as error:
-        if isinstance(error.cause, BtRayError):
-            raise error.cause from error
-        raise InfrastructureError(str(error)) from error
-    except RayError as error:
-        raise _ActorGone(str(error).strip().partition("\n")[0]) from error

@@ -14,6 +14,8 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from bt_ray.actors.liveness import until_dead
+
 
 @dataclass
 class _Request:
@@ -72,14 +74,7 @@ class ServerPool:
 
     async def _end_with(self, holder: str, actor: "ActorHandle[Any]") -> None:
         """Take back all that `holder` leases once its actor is dead, ending what it left running there."""
-        while True:
-            try:
-                await actor.__ray_ready__.remote()
-            except ray.exceptions.ActorUnavailableError:
-                pass  # out of reach for now: it may live
-            except ray.exceptions.RayError:
-                break
-            await asyncio.sleep(0.2)
+        await until_dead(actor)
         del self._watched[holder]
         self._waiting = deque(request for request in self._waiting if request.holder != holder)
         for index, leased_by in enumerate(self._holders):

@@ -13,6 +13,7 @@ import pytest
 from dspy.teleprompt import BootstrapFewShot, BootstrapFewShotWithRandomSearch, BootstrapFinetune
 from support import tasks
 from support.slot_models import SlotModels
+from support.sole_claims import OwnSteps
 
 import bt_ray
 from bt_ray.better_together import SweepBetterTogether, drop_traced_forward
@@ -39,8 +40,9 @@ def lm(models: SlotModels) -> ServedLM:
 def walk(task: bt_ray.Task, lm: ServedLM, scratch_dir: Path, strategy: str, **arguments: Any) -> SweepBetterTogether:
     engine: ServedEngine = lm.engine
     assign_lm(task.program, lm)
+    steps = OwnSteps(engine.models.work_dir, strategy, task.program, engine)
     optimizer = SweepBetterTogether(
-        task, lm, seed=0, scratch_dir=scratch_dir, latch=engine.latch, engine=engine, on_step=lambda outcome: None
+        task, lm, seed=0, scratch_dir=scratch_dir, latch=engine.latch, engine=engine, steps=steps
     )
     optimizer.program = optimizer.walk(strategy, num_threads=2, **arguments)
     return optimizer
@@ -98,7 +100,7 @@ def test_a_teacher_reaches_each_optimizer_in_the_form_that_it_takes(lm: ServedLM
         optimizers=lambda ctx: {"p": BootstrapFewShot(metric=tasks.exact), "w": BootstrapFinetune(metric=tasks.exact)},
     )
     walked = walk(routed, lm, tmp_path, "p -> w")
-    assert walked.step_error is None
+    assert walked.failure is None
     assert not walked.program.flag_compilation_error_occurred
     bootstrapped = next(c for c in walked.program.candidate_programs if c["strategy"] == "p")["program"].demos
     assert sum(bool(demo.get("augmented")) for demo in bootstrapped) == 4
@@ -196,8 +198,8 @@ def test_training_on_nothing_is_refused(lm: ServedLM, tmp_path: Path) -> None:
     # bt_ray: the strategy ends there, and says why.
     task = tasks.double(metric=nothing, optimizers=lambda ctx: {"w": BootstrapFinetune(metric=nothing)})
     walked = walk(task, lm, tmp_path, "w")
-    assert walked.step_error is not None
-    assert "filter left none of the 20 bootstrapped traces" in walked.step_error[0]
+    assert walked.failure is not None
+    assert "filter left none of the 20 bootstrapped traces" in walked.failure.message
 
 
 class Pair(dspy.Module):  # type: ignore[misc]
@@ -223,6 +225,6 @@ def test_a_prompt_optimizer_is_refused_where_predictors_have_different_lms(lm: S
     pair.second.lm = other
     task = tasks.double(program=pair, valset=None, optimizer_compile_args={}, optimizers=lambda ctx: {"p": random_search()})
     walked = walk(task, lm, tmp_path, "p", valset_ratio=0)
-    assert walked.step_error is not None
-    assert walked.step_error[0].startswith(TaskError.__name__)
-    assert "predictors use different LMs" in walked.step_error[0]
+    assert walked.failure is not None
+    assert walked.failure.message.startswith(TaskError.__name__)
+    assert "predictors use different LMs" in walked.failure.message

@@ -13,11 +13,12 @@ import dspy
 import pytest
 from support import tasks
 from support.slot_models import SlotModels
+from support.sole_claims import OwnSteps
 
-from bt_ray.better_together import StepOutcome, SweepBetterTogether, step_seed
+from bt_ray.better_together import StepOutcome, SweepBetterTogether
 from bt_ray.config import make_config
 from bt_ray.lm import ServedLM, assign_lm
-from bt_ray.task import StepContext, Task
+from bt_ray.task import StepContext, Task, step_seed
 
 SEED = 3
 
@@ -112,8 +113,8 @@ def by_dspy(task: Task, lm: ServedLM, arguments: dict[str, Any]) -> tuple[dspy.M
 
 
 def by_bt_ray(task: Task, lm: ServedLM, arguments: dict[str, Any]) -> tuple[dspy.Module, list[StepOutcome]]:
-    outcomes: list[StepOutcome] = []
     engine = lm.engine
+    steps = OwnSteps(engine.models.work_dir, arguments["strategy"], task.program, engine)
     optimizer = SweepBetterTogether(
         task,
         lm,
@@ -121,9 +122,9 @@ def by_bt_ray(task: Task, lm: ServedLM, arguments: dict[str, Any]) -> tuple[dspy
         scratch_dir=engine.models.work_dir / "scratch",
         latch=engine.latch,
         engine=engine,
-        on_step=outcomes.append,
+        steps=steps,
     )
-    return optimizer.walk(num_threads=1, **arguments), outcomes
+    return optimizer.walk(num_threads=1, **arguments), steps.outcomes
 
 
 def only_p_and_w(ctx: StepContext) -> dict[str, Any]:

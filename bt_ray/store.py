@@ -1,0 +1,138 @@
+"""The step store: each finished step under its key, written once, its manifest last.
+
+`steps/<key>/` holds one folder for each attempt, with the program, and a manifest for each attempt that was committed, named
+after its fencing number: `manifest-000001000003.json`. The highest counts. A key without a readable manifest does not exist.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bt_ray.errors import StorageError
+from bt_ray.results import Candidate
+from bt_ray.storage import Storage
+from bt_ray.weights import MANIFEST, Weights, read_manifest
+
+SCHEMA_VERSION = 1
+STEPS, WEIGHTS = "steps", "weights"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FinishedStep:
+    """A step that was committed.
+
+    Attributes:
+        key: What it is the result of.
+        parent: The key of the step that it started from, `""` for the baseline.
+        prefix: The strategy that led to it.
+        score: On the valset, in percent; None without validation.
+        example_scores: The metric's value for each valset example, in order.
+        started: Unix time in seconds.
+        seconds: Compiling and evaluating.
+        weights: The id of the weights that each predictor uses, by the predictor's name.
+        program: The file of DSPy's JSON state, relative to the run directory.
+        requests: Requests that servers answered for it.
+        versions: Of the packages that computed it.
+    """
+
+    key: str
+    parent: str
+    prefix: str
+    score: float | None
+    example_scores: tuple[float, ...]
+    started: float
+    seconds: float
+    weights: dict[str, str]
+    program: str
+    requests: int
+    versions: dict[str, str]
+
+    def candidate(self, strategy: str) -> Candidate:
+        """The step as a candidate of `strategy`, which has it as a prefix."""
+        return Candidate(
+            strategy=strategy,
+            prefix=self.prefix,
+            score=self.score,
+            example_scores=self.example_scores,
+            started=self.started,
+            seconds=self.seconds,
+            weights=self.weights,
+            program=self.program,
+        )
+
+
+class StepStore:
+    """The finished steps of a run directory."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    def read(self, key: str) -> FinishedStep | None:
+        """The finished step of `key`, None if there is none that this version can read."""
+        folder = f"{STEPS}/{key}"
+        names = [name for name in self.storage.names(folder) if name.startswith("manifest-")]
+        for name in reversed(names):
+            step = _parsed(self.storage.read_json(f"{folder}/{name}"))
+            if step is not None and step.key == key and self.storage.read_json(step.program) is not None:
+                return step
+            logger.warning("%s/%s/%s is not usable: the step counts as not computed", self.storage.location, folder, name)
+        return None
+
+    def write_program(self, key: str, attempt: str, state: bytes) -> str:
+        """Write the program of an attempt, which does not count yet. Returns its file, relative to the run directory."""
+        name = f"{STEPS}/{key}/{attempt}/program.json"
+        self.storage.write(name, state)
+        return name
+
+    def read_program(self, program: str) -> bytes:
+        """DSPy's JSON state of a step's or a candidate's program.
+
+        Raises:
+            StorageError: It is gone.
+        """
+        state = self.storage.read(program)
+        if state is None:
+            raise StorageError(f"{self.storage.location / program} is gone.")
+        return state
+
+    def finished(self, keys: Mapping[str, str], base_id: str) -> dict[str, FinishedStep]:
+        """The steps of `keys`, keys by prefix, that are finished and whose weights are there, by prefix."""
+        found = ((prefix, self.read(key)) for prefix, key in keys.items())
+        return {prefix: step for prefix, step in found if step is not None and self._has_weights(step, base_id)}
+
+    def _has_weights(self, step: FinishedStep, base_id: str) -> bool:
+        ids = {weights_id for weights_id in step.weights.values() if weights_id != base_id}
+        return all(self.storage.read_json(f"{WEIGHTS}/{weights_id}/{MANIFEST}") is not None for weights_id in ids)
+
+    def read_weights(self, weights_id: str) -> Weights:
+        """The weights that a finished fine-tune left.
+
+        Raises:
+            StorageError: They are gone.
+        """
+        folder = self.storage.location / WEIGHTS / weights_id
+        try:
+            return read_manifest(folder)
+        except FileNotFoundError:
+            raise StorageError(f"The weights {folder} are gone.") from None
+
+    def commit(self, step: FinishedStep, fence: int) -> None:
+        """Let an attempt count, from this moment on.
+
+        Args:
+            step: The step. Its program and weights are written.
+            fence: The number of the claim; of two commits of a key, that with the higher number counts.
+        """
+        name = f"{STEPS}/{step.key}/manifest-{fence:012d}.json"
+        self.storage.write_json(name, {"schema_version": SCHEMA_VERSION, **asdict(step)})
+
+
+def _parsed(values: Any) -> FinishedStep | None:
+    if not isinstance(values, dict) or values.pop("schema_version", None) != SCHEMA_VERSION:
+        return None
+    try:
+        return FinishedStep(**{**values, "example_scores": tuple(values["example_scores"])})
+    except (KeyError, TypeError):
+        return None

@@ -1,0 +1,49 @@
+"""Steps for one walk alone, kept on a real store: nobody else wants them."""
+
+from pathlib import Path
+
+import dspy
+
+from bt_ray.better_together import StepOutcome
+from bt_ray.fingerprint import StepKey, digest
+from bt_ray.kept_steps import KeptSteps
+from bt_ray.lm import ServedEngine
+from bt_ray.results import StepFailure
+from bt_ray.storage import Storage
+from bt_ray.store import StepStore
+from bt_ray.strategy import parent, prefixes
+
+
+class SoleClaims:
+    """Grants every claim."""
+
+    def __init__(self) -> None:
+        self.granted = 0
+
+    def claim(self, key: str, before_waiting: object) -> int:
+        self.granted += 1
+        return self.granted
+
+    def may_commit(self, key: str, fence: int) -> bool:
+        return True
+
+    def end(self, key: str, fence: int, *, committed: bool = False, failure: StepFailure | None = None) -> None:
+        """Nobody waits for it."""
+
+
+class OwnSteps(KeptSteps):
+    """Keeps the steps of one strategy in `folder`, and lists what each gave."""
+
+    def __init__(self, folder: Path, strategy: str, program: dspy.Module, engine: ServedEngine) -> None:
+        keys = {
+            prefix: StepKey(prefix, digest(prefix), digest(parent(prefix)), {}, trains=False)
+            for prefix in ["", *prefixes(strategy)]
+        }
+        store = StepStore(Storage(folder))
+        super().__init__(store, SoleClaims(), keys, program, engine, give_back=lambda: None, on_step=lambda step: None)
+        self.outcomes: list[StepOutcome] = []
+
+    def commit(self, key: StepKey, fence: int, outcome: StepOutcome, requests: int) -> StepOutcome:
+        kept = super().commit(key, fence, outcome, requests)
+        self.outcomes.append(kept)
+        return kept
