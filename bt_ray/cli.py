@@ -151,7 +151,7 @@ def _resource_warnings(config: SweepConfig, address: str | None) -> list[str]:
         return []
     import ray
 
-    from bt_ray.driver import connected
+    from bt_ray.cluster import connected
 
     with connected(address, lambda event: None):
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -19,13 +19,17 @@ class TrialStarted:
 
 @dataclass(frozen=True)
 class StepFinished:
-    """A step of a trial was scored: `score` and `best_score` in percent, None without validation."""
+    """A trial has a step: `score` and `best_score` in percent, None without validation.
+
+    `loaded` says that another trial, or an earlier run, computed it; `seconds` is what that took.
+    """
 
     strategy: str
     prefix: str
     score: float | None
     best_score: float | None
     seconds: float
+    loaded: bool = False
 
 
 @dataclass(frozen=True)

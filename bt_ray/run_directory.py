@@ -31,7 +31,7 @@ def check_run_directory(run_dir: Path, keys: Mapping[str, StepKey], *, accept_ch
         probe = existing / f".bt_ray_probe_{id(keys)}"
         probe.touch()
         probe.unlink()
-        if not run_dir.exists() or not any(run_dir.iterdir()):
+        if not run_dir.exists() or all(file.name.startswith(".") for file in run_dir.iterdir()):
             return
     except OSError as error:
         raise ConfigError(f"run_dir: {existing} cannot be used ({error.strerror}).") from None

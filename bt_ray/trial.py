@@ -201,16 +201,16 @@ class _Reporter:
         self._best: float | None = None
         self._reported = False
 
-    def report(self, step: FinishedStep) -> None:
+    def report(self, step: FinishedStep, loaded: bool) -> None:
         if step.score is not None:
             self._best = step.score if self._best is None else max(self._best, step.score)
         values = {"prefix": step.prefix, "score": step.score, "best_score": self._best, "seconds": step.seconds}
-        tune.report(values)
+        tune.report({**values, "loaded": loaded})
         self._reported = True
 
     def finish(self) -> None:
         if not self._reported:  # Ray Tune takes a trial that never reported for a lost one
-            tune.report({"prefix": BASELINE, "score": None, "best_score": None, "seconds": 0.0})
+            tune.report({"prefix": BASELINE, "score": None, "best_score": None, "seconds": 0.0, "loaded": False})
 
 
 def _max_errors(config: SweepConfig) -> dict[str, int]:

@@ -75,7 +75,7 @@ def local_ray() -> Iterator[None]:
     """One Ray of the test session's own, with more logical cores than the machine has."""
     import ray
 
-    from bt_ray.driver import DRIVER_ENVIRONMENT
+    from bt_ray.cluster import DRIVER_ENVIRONMENT
 
     os.environ |= DRIVER_ENVIRONMENT
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="error")

@@ -97,9 +97,10 @@ class Progress:
                 return text
             case TrialStarted(strategy):
                 return f'strategy "{strategy}": started'
-            case StepFinished(strategy, prefix, score, best_score, seconds):
+            case StepFinished(strategy, prefix, score, best_score, seconds, loaded):
                 name = f"step {prefix}" if prefix else "baseline"
-                return f'strategy "{strategy}": {name} {percent(score)} (best {percent(best_score)}) in {seconds:.0f} s'
+                took = "computed already" if loaded else f"in {seconds:.0f} s"
+                return f'strategy "{strategy}": {name} {percent(score)} (best {percent(best_score)}), {took}'
             case TrialEnded(strategy, error):
                 return f'strategy "{strategy}": ended early: {error}' if error else ""
             case ServerChanged(server, state, weights_id, holder, detail):

@@ -40,7 +40,9 @@ class OwnSteps(KeptSteps):
             for prefix in ["", *prefixes(strategy)]
         }
         store = StepStore(Storage(folder))
-        super().__init__(store, SoleClaims(), keys, program, engine, give_back=lambda: None, on_step=lambda step: None)
+        super().__init__(
+            store, SoleClaims(), keys, program, engine, give_back=lambda: None, on_step=lambda step, loaded: None
+        )
         self.outcomes: list[StepOutcome] = []
 
     def commit(self, key: StepKey, fence: int, outcome: StepOutcome, requests: int) -> StepOutcome:

@@ -43,16 +43,17 @@ LAYERS: dict[str, set[str]] = {
         "actors", "better_together", "config", "errors", "fingerprint", "hosting", "kept_steps", "lm", "results", "storage",
         "store", "strategy", "task", "weights",
     },
+    "cluster": {"actors", "config", "errors", "events", "preflight"},
     "driver": {
-        "actors", "best", "config", "errors", "events", "fingerprint", "preflight", "results", "run_directory", "storage",
-        "store", "strategy", "trial",
+        "actors", "best", "cluster", "config", "errors", "events", "fingerprint", "preflight", "results", "run_directory",
+        "storage", "store", "strategy", "trial",
     },
     "report": {"events", "results", "strategy"},
-    "cli": {"config", "driver", "errors", "preflight", "report"},
+    "cli": {"cluster", "config", "driver", "errors", "preflight", "report"},
     "__init__": {"best", "config", "driver", "errors", "results", "task", "teachers"},
 }  # fmt: skip
 
-RAY_FREE = set(LAYERS) - {"actors", "trial", "driver", "cli", "__init__"}
+RAY_FREE = set(LAYERS) - {"actors", "trial", "cluster", "driver", "cli", "__init__"}
 TORCH_FREE = {"torch", "trl", "peft", "transformers", "datasets", "accelerate"}
 
 

@@ -37,9 +37,9 @@ def test_without_a_terminal_each_event_is_a_plain_line() -> None:
         "Running 2 strategies",
         'strategy "p -> w": started',
         'strategy "w [x]": started',
-        'strategy "p -> w": baseline 0.0 % (best 0.0 %) in 12 s',
+        'strategy "p -> w": baseline 0.0 % (best 0.0 %), in 12 s',
         "server 0: training m-ft-1 for trial p -> w, step 3/100, loss 0.3",
-        'strategy "p -> w": step p 36.0 % (best 36.0 %) in 100 s',
+        'strategy "p -> w": step p 36.0 % (best 36.0 %), in 100 s',
         'strategy "w [x]": ended early: RuntimeError: no [y]',
     ]
 
