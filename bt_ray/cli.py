@@ -1,4 +1,4 @@
-"""The commands: `bt-ray check` and `bt-ray sweep`."""
+"""The commands: `bt-ray check`, `plan`, `sweep` and `steps`."""
 
 import logging
 import os
@@ -88,6 +88,54 @@ def check(
                 style="yellow",
             )
         console.print("All good.", style="green")
+
+
+@app.command()
+def plan(
+    file: TomlArgument,
+    strategy: StrategyOption = None,
+    run_dir: RunDirOption = None,
+    assignments: SetOption = None,
+) -> None:
+    """Say what a sweep will compute, before anything is paid for: steps, shared and new, trainings, requests, time.
+
+    Checks the sweep as `bt-ray check` does. What is finished in the run directory is not computed again.
+
+    Example: bt-ray plan my/sweep.toml --strategy "p -> w -> p" --run-dir runs/today
+    """
+    console = Console()
+    with _told_errors():
+        config = _load(file, strategy, run_dir, assignments)
+        from bt_ray.driver import run_directory
+        from bt_ray.plan import make_plan
+        from bt_ray.preflight import check_sweep
+        from bt_ray.report.steps import plan_lines, step_tree
+        from bt_ray.storage import Storage
+        from bt_ray.store import StepStore
+
+        where = run_directory(config)
+        checked = check_sweep(config, where, accept_changes=True)
+        keys = {prefix: key.key for prefix, key in checked.keys.items()}
+        finished = StepStore(Storage(where)).finished(keys, checked.base.id)
+        evaluated = checked.examples[1]
+        planned = make_plan(config.strategies, checked.keys, finished, evaluated * len(checked.task.program.predictors()))
+        console.print(step_tree(list(planned.steps), finished, set(planned.trainings)), soft_wrap=True)
+        for line in plan_lines(planned, evaluated):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def steps(run_dir: Annotated[Path, typer.Argument(help="A sweep's run directory.", show_default=False)]) -> None:
+    """List the steps of a run directory as a tree: scores, seconds, requests, weights, and what is not finished.
+
+    Example: bt-ray steps runs/today
+    """
+    with _told_errors():
+        from bt_ray.report.steps import step_tree
+        from bt_ray.run_directory import read_steps
+
+        prefixes, finished, trains = read_steps(run_dir.resolve())
+        Console().print(step_tree(prefixes, finished, trains), soft_wrap=True)
 
 
 @app.command()

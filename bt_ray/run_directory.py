@@ -11,7 +11,8 @@ from bt_ray.config import SweepConfig
 from bt_ray.errors import ConfigError
 from bt_ray.fingerprint import StepKey
 from bt_ray.storage import Storage
-from bt_ray.store import StepStore
+from bt_ray.store import FinishedStep, StepStore
+from bt_ray.strategy import length
 
 SWEEP, CONFIG, RESULT, LOCK = "sweep.json", "config.json", "result.json", ".lock"
 
@@ -66,6 +67,21 @@ def _different(theirs: Mapping[str, str], ours: Mapping[str, str]) -> set[str]:
 
 def _shown(prefixes: Sequence[str]) -> str:
     return ", ".join(f'"{prefix}"' if prefix else "the baseline" for prefix in prefixes)
+
+
+def read_steps(run_dir: Path) -> tuple[list[str], dict[str, FinishedStep], set[str]]:
+    """The steps of a run directory, shorter ones first; the finished ones by prefix; and those that fine-tune.
+
+    Raises:
+        ConfigError: No sweep was run there.
+    """
+    storage = Storage(run_dir)
+    known = _steps(storage.read_json(SWEEP))
+    if not known:
+        raise ConfigError(f"{run_dir} is no run directory of a sweep: it has no {SWEEP}.")
+    found = {prefix: StepStore(storage).read(step["key"]) for prefix, step in known.items()}
+    finished = {prefix: step for prefix, step in found.items() if step is not None}
+    return sorted(known, key=length), finished, {prefix for prefix, step in known.items() if step["trains"]}
 
 
 def _steps(values: Any) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 import itertools
 import json
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import SUPPORT
+from support.sweep_files import toml
 from test_no_orphans import SCORES, RunningSweep
 
 import bt_ray
@@ -79,6 +82,35 @@ def test_a_second_run_computes_only_what_is_new(counted: dict[str, Any], compute
     assert scores(first).items() <= scores(more).items()
 
 
+def command(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "bt_ray.cli", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_plan_says_what_is_new_and_steps_lists_what_is_there(counted: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "sweep.toml"
+    file.write_text(toml({**counted, "strategies": ALL}))
+    before = command("plan", str(file))
+    assert "14 steps and 1 baseline, shared between strategies; one by one: 34 and 14." in before
+    assert "Finished already: 0. To compute: 15, 7 of them fine-tune." in before
+    assert not Path(counted["run_dir"]).exists(), "a plan leaves nothing behind"
+
+    sweep(counted, strategies=["p -> w"])
+    after = command("plan", str(file))
+    assert "Finished already: 3. To compute: 12, 6 of them fine-tune." in after
+    assert "12 evaluations of 20 examples each; in all at least 240 requests." in after
+    assert "Not in that" not in after, "p, w and the baseline are known by now"
+    listed = command("steps", counted["run_dir"])
+    assert [line.strip("│├└─ ").partition(" in ")[0] for line in listed.splitlines()] == [
+        "baseline: 20.0 %",
+        "p: 40.0 %",
+        "w: 70.0 %",
+    ]
+    assert "20 requests" in listed
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_a_change_that_affects_finished_steps_is_told_and_accepted_only_on_demand(
     counted: dict[str, Any], computed: Computed
@@ -96,27 +128,41 @@ def test_a_change_that_affects_finished_steps_is_told_and_accepted_only_on_deman
     assert [accepted["steps"] for accepted in kept["accepted_changes"]] == [["p -> w"]]
 
 
+def truncate(manifest: Path, program: Path, weights: Path) -> None:
+    manifest.write_text(manifest.read_text()[:40])
+
+
+def remove_manifest(manifest: Path, program: Path, weights: Path) -> None:
+    manifest.unlink()
+
+
+def another_version(manifest: Path, program: Path, weights: Path) -> None:
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "schema_version": 999}))
+
+
+def remove_program(manifest: Path, program: Path, weights: Path) -> None:
+    program.unlink()
+
+
+def remove_weights(manifest: Path, program: Path, weights: Path) -> None:
+    (weights / "bt_ray_weights.json").unlink()
+
+
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize("damage", ["truncated manifest", "no manifest", "other version", "no program", "no weights"])
-def test_a_damaged_step_is_computed_again_and_no_other(counted: dict[str, Any], computed: Computed, damage: str) -> None:
-    result = sweep(counted, strategies=["p -> w"])
-    run_dir = Path(result.run_dir)
-    step = result.trials[0].candidates[-1]
-    (manifest,) = (run_dir / step.program).parents[1].glob("manifest-*.json")
-    match damage:
-        case "truncated manifest":
-            manifest.write_text(manifest.read_text()[:40])
-        case "no manifest":
-            manifest.unlink()
-        case "other version":
-            manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "schema_version": 999}))
-        case "no program":
-            (run_dir / step.program).unlink()
-        case "no weights":
-            (run_dir / "weights" / step.weights["self"] / "bt_ray_weights.json").unlink()
-    again = sweep(counted, strategies=["p -> w"])
-    assert scores(again) == scores(result)
-    assert computed() == Counter({"baseline": 1, "p": 1, "p -> w": 2})
+def test_a_damaged_step_is_computed_again_and_no_other(counted: dict[str, Any], computed: Computed) -> None:
+    result = first = sweep(counted, strategies=["p -> w"])
+    run_dir = Path(first.run_dir)
+    damages = [truncate, remove_manifest, another_version, remove_program, remove_weights]
+    for times, damage in enumerate(damages, start=2):
+        step = result.trials[0].candidates[-1]
+        program = run_dir / step.program
+        manifest = max(program.parents[1].glob("manifest-*.json"))
+        for older in set(program.parents[1].glob("manifest-*.json")) - {manifest}:
+            older.unlink()
+        damage(manifest, program, run_dir / "weights" / step.weights["self"])
+        result = sweep(counted, strategies=["p -> w"])
+        assert scores(result) == scores(first)
+        assert computed() == Counter({"baseline": 1, "p": 1, "p -> w": times}), damage.__name__
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -23,7 +23,8 @@ LAYERS: dict[str, set[str]] = {
     "child": {"errors"},
     "task": {"errors"},
     "fingerprint": {"config", "strategy", "task", "weights"},
-    "run_directory": {"config", "errors", "fingerprint", "storage", "store"},
+    "plan": {"fingerprint", "store", "strategy"},
+    "run_directory": {"config", "errors", "fingerprint", "storage", "store", "strategy"},
     "teachers": {"errors"},
     "serving": {"child", "config", "errors", "weights"},
     "training": {"child", "config", "errors", "weights"},
@@ -48,8 +49,8 @@ LAYERS: dict[str, set[str]] = {
         "actors", "best", "cluster", "config", "errors", "events", "fingerprint", "preflight", "results", "run_directory",
         "storage", "store", "strategy", "trial",
     },
-    "report": {"events", "results", "strategy"},
-    "cli": {"cluster", "config", "driver", "errors", "preflight", "report"},
+    "report": {"events", "plan", "results", "store", "strategy"},
+    "cli": {"cluster", "config", "driver", "errors", "plan", "preflight", "report", "run_directory", "storage", "store"},
     "__init__": {"best", "config", "driver", "errors", "results", "task", "teachers"},
 }  # fmt: skip
 

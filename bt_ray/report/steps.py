@@ -1,0 +1,51 @@
+"""The steps of a plan, or of a run directory, as a tree, and a plan in words."""
+
+from rich.markup import escape
+from rich.tree import Tree
+
+from bt_ray.plan import Plan
+from bt_ray.report.table import percent
+from bt_ray.store import FinishedStep
+from bt_ray.strategy import BASELINE, SEPARATOR, parent
+
+
+def step_tree(prefixes: list[str], finished: dict[str, FinishedStep], trains: set[str]) -> Tree:
+    """Each step below the one that it starts from.
+
+    Args:
+        prefixes: The steps, the baseline first, each after its parent.
+        finished: The finished ones, by prefix.
+        trains: Those that fine-tune.
+    """
+    nodes: dict[str, Tree] = {}
+    for prefix in prefixes:
+        label = escape(_label(prefix, finished.get(prefix), prefix in trains))
+        nodes[prefix] = nodes[parent(prefix)].add(label) if prefix != BASELINE else Tree(label)
+    return nodes[BASELINE]
+
+
+def plan_lines(plan: Plan, evaluated: int) -> list[str]:
+    """A plan in words. `evaluated`: examples in one evaluation."""
+    steps, baselines = plan.one_by_one
+    new, estimate = plan.new, plan.estimate
+    lines = [
+        f"{len(plan.steps) - 1} steps and 1 baseline, shared between strategies; one by one: {steps} and {baselines}.",
+        f"Finished already: {len(plan.finished)}. To compute: {len(new)}, {len(plan.trainings)} of them fine-tune.",
+    ]
+    if not new:
+        return [*lines, "Nothing is left to compute."]
+    lines.append(f"{len(new)} evaluations of {evaluated} examples each; in all at least {estimate.requests} requests.")
+    if estimate.seconds:
+        lines.append(f"About {estimate.seconds / 60:.0f} server minutes, as finished steps of the same optimizers took.")
+    if estimate.unknown:
+        shown = ", ".join(f'"{prefix}"' if prefix else "the baseline" for prefix in estimate.unknown)
+        lines.append(f"Not in that, for want of a finished step to go by: what the optimizers ask and take in {shown}.")
+    return lines
+
+
+def _label(prefix: str, step: FinishedStep | None, trains: bool) -> str:
+    name = prefix.rpartition(SEPARATOR)[2] or "baseline"
+    if step is None:
+        return f"{name}: to compute{', fine-tunes' if trains else ''}"
+    own = sorted(set(step.weights.values()))
+    return f"{name}: {percent(step.score)} in {step.seconds:.0f} s, {step.requests} requests, weights {', '.join(own)}"
