@@ -34,9 +34,9 @@ def plan_lines(plan: Plan, evaluated: int) -> list[str]:
     ]
     if not new:
         return [*lines, "Nothing is left to compute."]
-    lines.append(f"{len(new)} evaluations of {evaluated} examples each; in all at least {estimate.requests} requests.")
+    lines.append(f"Evaluations of {evaluated} examples: {len(new)}; in all at least {estimate.requests} requests.")
     if estimate.seconds:
-        lines.append(f"About {estimate.seconds / 60:.0f} server minutes, as finished steps of the same optimizers took.")
+        lines.append(f"About {estimate.seconds / 60:.1f} server minutes, as finished steps of the same optimizers took.")
     if estimate.unknown:
         shown = ", ".join(f'"{prefix}"' if prefix else "the baseline" for prefix in estimate.unknown)
         lines.append(f"Not in that, for want of a finished step to go by: what the optimizers ask and take in {shown}.")
@@ -47,5 +47,6 @@ def _label(prefix: str, step: FinishedStep | None, trains: bool) -> str:
     name = prefix.rpartition(SEPARATOR)[2] or "baseline"
     if step is None:
         return f"{name}: to compute{', fine-tunes' if trains else ''}"
-    own = sorted(set(step.weights.values()))
-    return f"{name}: {percent(step.score)} in {step.seconds:.0f} s, {step.requests} requests, weights {', '.join(own)}"
+    fine_tunes = sorted({weights_id.partition("-ft-")[2] for weights_id in step.weights.values()} - {""})
+    weights = f", weights {', '.join(f'ft-{name}' for name in fine_tunes)}" if fine_tunes else ""
+    return f"{name}: {percent(step.score)} in {step.seconds:.0f} s, {step.requests} requests{weights}"

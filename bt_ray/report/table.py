@@ -17,14 +17,16 @@ def result_table(result: SweepResult) -> Table:
         table.add_column(f"step {step}", justify="right")
     table.add_column("best", justify="right")
     table.add_column("minutes", justify="right")
-    table.add_column("ended early by", overflow="fold")
+    failed = any(trial.error for trial in result.trials)
+    if failed:
+        table.add_column("ended early by", overflow="fold")
     for trial in result.trials:
         by_length = {length(candidate.prefix): candidate for candidate in trial.candidates}
         scores = [_score(by_length.get(step), result.best) for step in range(steps + 1)]
         minutes = sum(candidate.seconds for candidate in trial.candidates) / 60
         best = percent(trial.best.score) if trial.best else "-"
         error = trial.error.splitlines()[0] if trial.error else ""
-        table.add_row(Text(trial.strategy), *scores, best, f"{minutes:.1f}", Text(error))
+        table.add_row(Text(trial.strategy), *scores, best, f"{minutes:.1f}", *([Text(error)] if failed else []))
     return table
 
 
