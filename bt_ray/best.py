@@ -14,7 +14,7 @@ from bt_ray.errors import BtRayError, ConfigError, TaskError
 from bt_ray.kept_steps import installed_versions, load_state
 from bt_ray.lm import ServedEngine, ServedLM, served_lm
 from bt_ray.local_models import LocalModels
-from bt_ray.results import Candidate, write_json
+from bt_ray.results import Candidate
 from bt_ray.task import load_task
 from bt_ray.weights import Weights
 
@@ -22,7 +22,7 @@ PROGRAM, MANIFEST = "program.json", "manifest.json"
 
 
 def keep_best(best: Candidate, run_dir: Path, base: Weights, config: SweepConfig, task: str) -> None:
-    """Write `run_dir/best`: the program, a reference to its weights, and a manifest, written last."""
+    """Write `run_dir/best`: the program, a reference to its weights, and a manifest. The folder appears whole."""
     folder, part = run_dir / "best", run_dir / ".best.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
@@ -38,7 +38,7 @@ def keep_best(best: Candidate, run_dir: Path, base: Weights, config: SweepConfig
         "config": config.without_secrets(),
         "versions": installed_versions(),
     }
-    write_json(part / MANIFEST, manifest)
+    (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
 

@@ -1,7 +1,6 @@
 """What a sweep found: frozen candidates, trials and the ranked whole, as JSON in `result.json`."""
 
 import json
-import os
 import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -147,11 +146,3 @@ class SweepResult:
             test_example_scores=tuple(values["test_example_scores"]),
             schema_version=values["schema_version"],
         )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` so that `path` holds either all of it or what it held before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    part.rename(path)
