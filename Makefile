@@ -1,9 +1,10 @@
 # make demo    sets everything up, then runs the sweep of scripts/iris/sweep.toml
-# make test    sets everything up, then runs all tests
+# make test    sets everything up, then runs the tests
+# make test-long   sets everything up, then runs the suites that take longer: faults, object stores
 # make lint    sets everything up, then lint, format and types
 # make clean   removes what the other targets made
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-long lint clean
 
 demo:
 	@scripts/setup.sh --model
@@ -11,7 +12,11 @@ demo:
 
 test:
 	@scripts/setup.sh
-	@.venv/bin/python -m pytest
+	@.venv/bin/python -m pytest -m "not long"
+
+test-long:
+	@scripts/setup.sh
+	@.venv/bin/python -m pytest -m long
 
 lint:
 	@scripts/setup.sh

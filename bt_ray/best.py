@@ -4,7 +4,6 @@ A program is kept as DSPy's JSON state without LMs; beside it stands which weigh
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import dspy
@@ -14,33 +13,35 @@ from bt_ray.errors import BtRayError, ConfigError, TaskError
 from bt_ray.kept_steps import installed_versions, load_state
 from bt_ray.lm import ServedEngine, ServedLM, served_lm
 from bt_ray.local_models import LocalModels
+from bt_ray.node_disk import Scratch
 from bt_ray.results import Candidate
+from bt_ray.storage import Storage, open_storage, parent_and_name
+from bt_ray.store import StepStore
 from bt_ray.task import load_task
-from bt_ray.weights import Weights
+from bt_ray.weights import WEIGHTS, Weights
 
-PROGRAM, MANIFEST = "program.json", "manifest.json"
+BEST, PROGRAM, MANIFEST = "best", "program.json", "manifest.json"
 
 
-def keep_best(best: Candidate, run_dir: Path, base: Weights, config: SweepConfig, task: str) -> None:
-    """Write `run_dir/best`: the program, a reference to its weights, and a manifest. The folder appears whole."""
-    folder, part = run_dir / "best", run_dir / ".best.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    shutil.copyfile(run_dir / best.program, part / PROGRAM)
-    fine_tuned = {i: f"../weights/{i}" for i in set(best.weights.values()) if i != base.id}
+def keep_best(best: Candidate, storage: Storage, base: Weights, config: SweepConfig, task: str) -> None:
+    """Write `best/` into the run directory: the program, a reference to its weights, and last a manifest."""
+    fine_tuned = {weights_id for weights_id in best.weights.values() if weights_id != base.id}
     manifest = {
         "task": task,
         "strategy": best.strategy,
         "prefix": best.prefix,
         "score": best.score,
         "predictors": best.weights,
-        "weights": {base.id: base.path, **fine_tuned},
+        "weights": {base.id: base.path, **{weights_id: f"../{WEIGHTS}/{weights_id}" for weights_id in fine_tuned}},
         "config": config.without_secrets(),
         "versions": installed_versions(),
     }
-    (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    with Scratch("best") as scratch:
+        folder = scratch.folder / BEST
+        folder.mkdir()
+        (folder / PROGRAM).write_bytes(StepStore(storage).read_program(best.program))
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        storage.upload(folder, BEST, last=MANIFEST)
 
 
 def load(folder: str | Path, task: str | None = None) -> dspy.Module:
@@ -50,27 +51,26 @@ def load(folder: str | Path, task: str | None = None) -> dspy.Module:
     `program.predictors()[0].lm.kill()`.
 
     Args:
-        folder: A sweep's `best` folder.
+        folder: A sweep's `best` folder: a path, or a URI of an object store.
         task: Where the task is now, `"path/to/task.py:build"`, if it is no longer where the sweep found it: a job's working
             directory, for one, goes away with the job.
 
     Raises:
         BtRayError: The folder holds no finished program, or what it refers to is gone.
     """
-    folder = Path(folder).resolve()
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{folder} holds no {MANIFEST}: it is no finished `best` folder of a sweep.") from None
-    config = make_config(manifest["config"], source=str(folder / MANIFEST))
+    run_dir, name = parent_and_name(str(folder))
+    storage = open_storage(run_dir)
+    manifest = storage.read_json(f"{name}/{MANIFEST}")
+    if manifest is None:
+        raise ConfigError(f"{folder} holds no {MANIFEST}: it is no finished `best` folder of a sweep.")
+    config = make_config(manifest["config"], source=f"{folder}/{MANIFEST}")
     program = _load_program(task or manifest["task"])
-    weights = {i: Weights(i, _locate(folder, path)) for i, path in manifest["weights"].items()}
-    models = LocalModels(weights, config.server, folder.parent / "logs")
-    lms = local_lms(models, weights, config)
-    for name, predictor in program.named_predictors():
-        if name in manifest["predictors"]:
-            predictor.lm = lms[manifest["predictors"][name]]
-    load_state(program, (folder / PROGRAM).read_bytes())
+    weights = {weights_id: _found(storage, weights_id, path) for weights_id, path in manifest["weights"].items()}
+    lms = local_lms(LocalModels(weights, config.server, storage), weights, config)
+    for predictor_name, predictor in program.named_predictors():
+        if predictor_name in manifest["predictors"]:
+            predictor.lm = lms[manifest["predictors"][predictor_name]]
+    load_state(program, StepStore(storage).read_program(f"{name}/{PROGRAM}"))
     return program
 
 
@@ -92,9 +92,10 @@ def local_lms(models: LocalModels, weights: dict[str, Weights], config: SweepCon
     return {weights_id: served_lm(version_, engine, config.lm) for weights_id, version_ in weights.items()}
 
 
-def _locate(folder: Path, path: str) -> str:
-    """Weights of the sweep are kept relative to `best`, so that a run directory can move."""
-    located = (folder / path).resolve() if path.startswith("..") else Path(path)
-    if located.is_absolute() and not located.exists():
-        raise BtRayError(f"The weights {located} that {folder} refers to are gone.")
-    return str(located)
+def _found(storage: Storage, weights_id: str, path: str) -> Weights:
+    """The weights of a manifest. Those of the sweep are kept relative to `best`, so that a run directory can move."""
+    if path.startswith(".."):
+        return StepStore(storage).read_weights(weights_id)
+    if Path(path).is_absolute() and not Path(path).exists():
+        raise BtRayError(f"The model {path} that the sweep started from is gone.")
+    return Weights(weights_id, path)

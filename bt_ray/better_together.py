@@ -20,6 +20,7 @@ from dspy.teleprompt.bootstrap_finetune import FinetuneTeleprompter
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from bt_ray.errors import InfrastructureFailure, TaskError
+from bt_ray.failures import Side, is_lost_answer, side_of
 from bt_ray.hosting import FailureLatch
 from bt_ray.lm import STEP_SETTING, EmptyTrainingSet, ServedEngine
 from bt_ray.results import StepFailure, failure_of
@@ -74,7 +75,7 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         task: The user's task; its program's predictors have LMs.
         lm: The LM to build the first optimizers with.
         seed: The sweep's seed.
-        scratch_dir: Where each step gets a folder of its own.
+        scratch_dir: Makes the folder that a step, named by its prefix, has for its own files.
         engine: The engine of the served LMs, None if the program has none.
         latch: Looked at before a step counts.
         steps: Who keeps finished steps.
@@ -87,7 +88,7 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         lm: dspy.LM,
         *,
         seed: int,
-        scratch_dir: Path,
+        scratch_dir: Callable[[str], Path],
         latch: FailureLatch,
         engine: ServedEngine | None,
         steps: Steps,
@@ -155,13 +156,14 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         with self._steps.claim(prefix) as claim:
             if claim.finished is not None:
                 return claim.finished
+            outcome: StepOutcome | None = None
             for left in range(self._retries, -1, -1):
                 try:
-                    outcome = compute()
+                    outcome = outcome or compute()
                     self._latch.check()
                     return claim.commit(outcome)
-                except InfrastructureFailure as failure:
-                    if left == 0:
+                except (Exception, InfrastructureFailure) as failure:
+                    if left == 0 or side_of(failure) is not Side.INFRASTRUCTURE:
                         raise
                     logger.warning("Step %r lost its infrastructure and is repeated: %s", prefix or "baseline", failure)
                     self._latch.release()
@@ -229,7 +231,7 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
             return None
         evaluate = dspy.Evaluate(
             devset=valset,
-            metric=self.metric,
+            metric=self._told(self.metric),
             num_threads=num_threads,
             max_errors=max_errors,
             display_table=False,
@@ -238,12 +240,25 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         )
         try:
             with dspy.context(lm=self._ambient_lm):  # a metric that asks a model must not be judged by the student
-                result = evaluate(program)
+                result = evaluate(self._told(program))
         except Exception as error:
             self._latch.check()
             raise _stopped_evaluation(error, max_errors) from error
         self._example_scores = tuple(float(example_score) for _, _, example_score in result.results)
         return float(result.score)
+
+    def _told(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """`call`, whose lost answers reach the step: DSPy would score the example 0 for them."""
+
+        def told(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return call(*args, **kwargs)
+            except Exception as error:
+                if is_lost_answer(error):
+                    raise self._latch.trip(error) from error
+                raise
+
+        return told
 
     def _step(self, prefix: str) -> Any:
         """The context that a step's threads inherit; requests of any other step are refused from now on."""
@@ -253,10 +268,7 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         return dspy.context(**{STEP_SETTING: prefix})
 
     def _context(self, prefix: str, lm: dspy.LM) -> StepContext:
-        name = prefix.replace(SEPARATOR, "-") or "baseline"
-        scratch_dir = self._scratch_dir / name
-        scratch_dir.mkdir(parents=True, exist_ok=True)
-        return StepContext(prefix=prefix, seed=step_seed(self._seed, prefix), scratch_dir=scratch_dir, lm=lm)
+        return StepContext(prefix=prefix, seed=step_seed(self._seed, prefix), scratch_dir=self._scratch_dir(prefix), lm=lm)
 
 
 def student_lm(student: dspy.Module) -> dspy.LM:

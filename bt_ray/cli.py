@@ -1,17 +1,20 @@
-"""The commands: `bt-ray check`, `plan`, `sweep` and `steps`."""
+"""The commands: `bt-ray check`, `plan`, `sweep`, `steps` and `prune`."""
 
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from bt_ray.config import SweepConfig, load_config
 from bt_ray.errors import BtRayError, ConfigError, InfrastructureError, ResourcesError, TaskError
+
+if TYPE_CHECKING:
+    from bt_ray.storage import Storage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,8 +32,10 @@ StrategyOption = Annotated[
     typer.Option("--strategy", help='A strategy, "p -> w"; give it again for more. Replaces those of the file.'),
 ]
 RunDirOption = Annotated[
-    Path | None,
-    typer.Option("--run-dir", help="Where everything is kept. On a cluster: a path that all nodes share."),
+    str | None,
+    typer.Option(
+        "--run-dir", help="Where everything is kept. On a cluster: a path that all nodes share, or s3://... or gs://..."
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -41,6 +46,9 @@ AddressOption = Annotated[
     typer.Option("--address", help='The Ray cluster: "auto" or its address. Default: one of its own, on this machine.'),
 ]
 
+RunDirArgument = Annotated[
+    str, typer.Argument(metavar="RUN_DIR", help="A sweep's run directory: a path or a URI.", show_default=False)
+]
 AcceptOption = Annotated[
     bool,
     typer.Option(
@@ -110,13 +118,13 @@ def plan(
         from bt_ray.plan import make_plan
         from bt_ray.preflight import check_sweep
         from bt_ray.report.steps import plan_lines, step_tree
-        from bt_ray.storage import Storage
+        from bt_ray.storage import open_storage
         from bt_ray.store import StepStore
 
         where = run_directory(config)
         checked = check_sweep(config, where, accept_changes=True)
         keys = {prefix: key.key for prefix, key in checked.keys.items()}
-        finished = StepStore(Storage(where)).finished(keys, checked.base.id)
+        finished = StepStore(open_storage(where)).finished(keys, checked.base.id)
         evaluated = checked.examples[1]
         planned = make_plan(config.strategies, checked.keys, finished, evaluated * len(checked.task.program.predictors()))
         console.print(step_tree(list(planned.steps), finished, set(planned.trainings)), soft_wrap=True)
@@ -125,7 +133,7 @@ def plan(
 
 
 @app.command()
-def steps(run_dir: Annotated[Path, typer.Argument(help="A sweep's run directory.", show_default=False)]) -> None:
+def steps(run_dir: RunDirArgument) -> None:
     """List the steps of a run directory as a tree: scores, seconds, requests, weights, and what is not finished.
 
     Example: bt-ray steps runs/today
@@ -134,8 +142,40 @@ def steps(run_dir: Annotated[Path, typer.Argument(help="A sweep's run directory.
         from bt_ray.report.steps import step_tree
         from bt_ray.run_directory import read_steps
 
-        prefixes, finished, trains = read_steps(run_dir.resolve())
+        prefixes, finished, trains = read_steps(_existing(run_dir))
         Console().print(step_tree(prefixes, finished, trains), soft_wrap=True)
+
+
+@app.command()
+def prune(
+    run_dir: RunDirArgument,
+    only_best: Annotated[
+        bool, typer.Option("--only-best", help="Keep the best program's weights alone; other fine-tunes are lost.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove fine-tuned weights and checkpoints that no finished step needs. Says how much, and asks first.
+
+    Example: bt-ray prune runs/today
+    """
+    with _told_errors():
+        from bt_ray.prune import find_prunable
+        from bt_ray.prune import prune as remove
+        from bt_ray.run_lock import held
+
+        storage = _existing(run_dir)
+        found = find_prunable(storage, only_best=only_best)
+        if not found.names:
+            typer.echo(f"There is nothing to remove; {found.kept} fine-tunes are needed.")
+            return
+        for name in found.names:
+            typer.echo(name)
+        typer.echo(f"{found.size / 1e9:.2f} GB in {len(found.names)} folders; {found.kept} fine-tunes are kept.")
+        if not yes and not typer.confirm("Remove them?"):
+            raise typer.Exit(EXIT_FAILED)
+        with held(storage, typer.echo):  # a sweep may have run while the question stood
+            remove(storage, found.without_what_is_needed(find_prunable(storage, only_best=only_best)))
+        typer.echo("Removed.")
 
 
 @app.command()
@@ -177,10 +217,17 @@ def main() -> None:
     app()
 
 
-def _load(file: Path, strategy: list[str] | None, run_dir: Path | None, assignments: list[str] | None) -> SweepConfig:
+def _existing(run_dir: str) -> "Storage":
+    """The storage of a run directory that a person named."""
+    from bt_ray.storage import open_storage
+
+    return open_storage(run_dir if "://" in run_dir else str(Path(run_dir).expanduser().resolve()))
+
+
+def _load(file: Path, strategy: list[str] | None, run_dir: str | None, assignments: list[str] | None) -> SweepConfig:
     from bt_ray.preflight import inside_job
 
-    overrides = {"strategies": strategy or None, "run_dir": None if run_dir is None else str(run_dir)}
+    overrides = {"strategies": strategy or None, "run_dir": run_dir}
     return load_config(file, overrides, assignments or (), refuse_relative=inside_job())
 
 

@@ -5,7 +5,6 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from bt_ray.config import SweepConfig
@@ -57,7 +56,7 @@ def connected(address: str | None, tell: Listener) -> Iterator[bool]:
 
 
 @contextmanager
-def placed_servers(config: SweepConfig, run_dir: Path, own: bool, tell: Listener) -> Iterator[tuple[Any, Sequence[Any]]]:
+def placed_servers(config: SweepConfig, run_dir: str, own: bool, tell: Listener) -> Iterator[tuple[Any, Sequence[Any]]]:
     """The sweep's model servers and their pool, all placed before the first trial wants one.
 
     They listen on their node's address only where another node may need them.
@@ -78,7 +77,7 @@ def placed_servers(config: SweepConfig, run_dir: Path, own: bool, tell: Listener
     tell(Stage(f"Placing {slot.count} model server{'s' if slot.count > 1 else ''}"))
     servers = [
         ModelServer.options(num_cpus=slot.cpus, num_gpus=slot.gpus).remote(  # type: ignore[attr-defined]
-            f"server-{index}", slot, token, across_nodes, str(run_dir / "logs")
+            f"server-{index}", slot, token, across_nodes, run_dir
         )
         for index in range(slot.count)
     ]
@@ -110,7 +109,7 @@ def _stop(servers: Sequence[Any]) -> None:
     import ray
 
     try:
-        ray.wait([server.stop.remote() for server in servers], num_returns=len(servers), timeout=15)
+        ray.wait([server.close.remote() for server in servers], num_returns=len(servers), timeout=15)
         for server in servers:
             ray.kill(server)
     except Exception:  # the connection may be gone already, and with it the actors

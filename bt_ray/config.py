@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bt_ray.errors import ConfigError, nearest
+from bt_ray.storage import check_location
 
 
 class Section(BaseModel):
@@ -119,6 +120,8 @@ class TrainConfig(Section):
     warmup_ratio: float = Field(0.0, ge=0, lt=1)
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = "linear"
     gradient_checkpointing: bool = False
+    checkpoint_every_s: float = Field(300, ge=0)
+    """Seconds between two checkpoints, of which the last is where a training goes on that was cut off."""
     timeout_s: float | None = Field(None, gt=0)
     """Seconds after which a training is ended as failed. Default: none."""
     command: tuple[str, ...] | None = None
@@ -128,6 +131,10 @@ class TrainConfig(Section):
     @classmethod
     def _words(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    def of_the_result(self) -> dict[str, Any]:
+        """The settings that the result depends on, as JSON."""
+        return self.model_dump(mode="json", exclude={"timeout_s", "checkpoint_every_s"})
 
 
 class TrialConfig(Section):
@@ -140,6 +147,10 @@ class TrialConfig(Section):
     """How often a step that lost its infrastructure is repeated within its trial."""
     max_failures: int = Field(1, ge=0)
     """How often a trial that lost its infrastructure all the same is run again."""
+    resume_optimizers: bool = False
+    """Whether a step that is repeated finds what its optimizer left in `ctx.scratch_dir`: `GEPA(log_dir=...)` then goes on
+    in its middle. GEPA keeps its state as a pickle, and whoever can write to the run directory can put code there that the
+    sweep runs."""
     request_retries: int = Field(3, ge=0)
     """How often one request is repeated after its server was lost and is back."""
 
@@ -176,9 +187,12 @@ class SweepConfig(Section):
 
     @field_validator("run_dir")
     @classmethod
-    def _on_a_filesystem(cls, value: str | None) -> str | None:
-        if value is not None and "://" in value:
-            raise ValueError("object stores are not supported yet: give a path that all nodes share")
+    def _known_place(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                check_location(value)
+            except ConfigError as error:
+                raise ValueError(str(error).rstrip(".")) from None
         return value
 
     def without_secrets(self) -> dict[str, Any]:

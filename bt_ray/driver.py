@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -12,12 +12,14 @@ from bt_ray.best import keep_best
 from bt_ray.cluster import Listener, cause_of, connected, placed_servers, watched
 from bt_ray.config import SweepConfig, make_config, with_absolute_paths
 from bt_ray.errors import BtRayError, ConfigError, InfrastructureError
-from bt_ray.events import Stage, StepFinished, TrialEnded, TrialStarted
+from bt_ray.events import Stage, StepFinished, TrialEnded, TrialLost, TrialStarted
 from bt_ray.fingerprint import digest
+from bt_ray.node_disk import Scratch
 from bt_ray.preflight import Checked, check_sweep, inside_job
 from bt_ray.results import Candidate, StepFailure, SweepResult, TrialResult
-from bt_ray.run_directory import RESULT, held, prepare_run_directory
-from bt_ray.storage import Storage
+from bt_ray.run_directory import RESULT, prepare_run_directory
+from bt_ray.run_lock import held
+from bt_ray.storage import open_storage
 from bt_ray.store import FinishedStep, StepStore
 from bt_ray.strategy import BASELINE, prefixes, start_order
 
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 CLAIMS_PER_DRIVER = 1_000_000
 """Claims are numbered from this multiple of how many drivers the run directory has seen, so none is numbered twice."""
+
+
+RAY_TUNE_LOGS = ("ray.tune.tune", "ray.tune.execution.tune_controller", "ray.tune.analysis.experiment_analysis")
 
 
 def sweep(
@@ -68,9 +73,9 @@ def run_sweep(
     tell = listener or (lambda event: None)
     tell(Stage("Checking the task"))
     run_dir = run_directory(config)
-    config = config.model_copy(update={"run_dir": str(run_dir)})
+    config = config.model_copy(update={"run_dir": run_dir})
     checked = check_sweep(config, run_dir, accept_changes=accept_changes)
-    with held(run_dir) as drivers:
+    with held(open_storage(run_dir), lambda text: tell(Stage(text))) as drivers:
         sweep = _Sweep(config, run_dir, checked, tell)
         prepare_run_directory(sweep.store.storage, config, checked.keys)
         return sweep.run(address, first_fence=drivers * CLAIMS_PER_DRIVER)
@@ -79,12 +84,12 @@ def run_sweep(
 class _Sweep:
     """One run of a sweep, in its run directory."""
 
-    def __init__(self, config: SweepConfig, run_dir: Path, checked: Checked, tell: Listener) -> None:
+    def __init__(self, config: SweepConfig, run_dir: str, checked: Checked, tell: Listener) -> None:
         self.config = config
         self.run_dir = run_dir
         self.checked = checked
         self.tell = tell
-        self.store = StepStore(Storage(run_dir))
+        self.store = StepStore(open_storage(run_dir))
         self.started = time.time()
 
     def run(self, address: str | None, first_fence: int) -> SweepResult:
@@ -133,7 +138,7 @@ class _Sweep:
             failure = None if strategy in finished else self.failure(strategy, errors.get(strategy))
             trials.append(TrialResult(strategy, candidates, *((failure.message, failure.traceback) if failure else ())))
             self.tell(TrialEnded(strategy, trials[-1].error))
-        return SweepResult(str(self.run_dir), tuple(trials), time.time() - self.started)
+        return SweepResult(self.run_dir, tuple(trials), time.time() - self.started)
 
     def failure(self, strategy: str, error: Exception | None) -> StepFailure:
         """Why a trial did not get to its end: what it recorded itself, or how it was lost."""
@@ -159,23 +164,25 @@ class _Sweep:
     def keep(self, result: SweepResult) -> None:
         self.store.storage.write_json(RESULT, result.to_json())
         if result.best is not None:
-            keep_best(result.best, self.run_dir, self.checked.base, self.config, self.config.task)
+            keep_best(result.best, self.store.storage, self.checked.base, self.config, self.config.task)
 
 
-def run_directory(config: SweepConfig) -> Path:
-    """The run directory of `config`, absolute.
+def run_directory(config: SweepConfig) -> str:
+    """The location of `config`'s run directory: an absolute path, or a URI.
 
     Raises:
         ConfigError: It is relative inside a Ray job, whose working directory goes away with the job.
     """
     name = Path(config.task.rpartition(":")[0]).stem
+    if config.run_dir and "://" in config.run_dir:
+        return config.run_dir
     given = Path(config.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
     if inside_job() and not given.is_absolute():
         raise ConfigError(
             f"run_dir: {given} is relative. A job's working directory is a copy that goes away with the job: give an "
             "absolute path that all nodes share, with --run-dir."
         )
-    return given.resolve()
+    return str(given.resolve())
 
 
 def portable_task(task: str) -> str:
@@ -187,8 +194,8 @@ def portable_task(task: str) -> str:
     return task
 
 
-def _run_trials(setup: "TrialSetup", finished: Collection[str], tell: Listener) -> dict[str, Exception]:
-    """Run a Ray Tune trial for each strategy; the errors of those that were lost, by strategy."""
+def _run_trials(setup: "TrialSetup", finished: Mapping[str, FinishedStep], tell: Listener) -> dict[str, Exception]:
+    """Run a Ray Tune trial for each strategy that lacks a step; the errors of those that were lost, by strategy."""
     import ray
     from ray import tune
     from ray.tune import FailureConfig, RunConfig, TuneConfig, TuneError, Tuner
@@ -196,30 +203,45 @@ def _run_trials(setup: "TrialSetup", finished: Collection[str], tell: Listener) 
     from bt_ray.trial import run_trial
 
     config = setup.config
-    tell(Stage(f"Running {len(config.strategies)} strategies"))
+    strategies = [s for s in start_order(config.strategies, finished) if not finished.keys() >= {BASELINE, *prefixes(s)}]
+    for strategy in config.strategies:
+        if strategy not in strategies:
+            _tell_finished(strategy, finished, tell)
+    tell(Stage(f"Running {len(strategies)} {'strategy' if len(strategies) == 1 else 'strategies'}"))
+    for name in RAY_TUNE_LOGS:  # tracebacks of lost trials, which stand in the result, and files that nobody asked for
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     trainable = tune.with_resources(tune.with_parameters(run_trial, setup=setup), {"CPU": config.trial.cpus})
-    tuner = Tuner(
-        trainable,
-        param_space={"strategy": tune.grid_search(start_order(config.strategies, finished))},
-        tune_config=TuneConfig(max_concurrent_trials=config.concurrent_trials, reuse_actors=False),
-        run_config=RunConfig(
-            name="tune",
-            storage_path=str(setup.run_dir),
-            verbose=0,
-            failure_config=FailureConfig(max_failures=config.trial.max_failures),
-            callbacks=[_tune_callback(tell)],
-        ),
-    )
-    # It warns that the files of the loggers are missing, which DRIVER_ENVIRONMENT switched off.
-    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     errors: dict[str, Exception] = {}
-    try:
-        for outcome in tuner.fit():
-            if outcome.error is not None and outcome.config is not None:
-                errors[outcome.config["strategy"]] = outcome.error
-    except (TuneError, ray.exceptions.RayError) as error:  # the trials kept what they found
-        errors = dict.fromkeys(config.strategies, error)
+    with Scratch("tune") as own_files:  # nobody reads them: the steps are on the store
+        tuner = Tuner(
+            trainable,
+            param_space={"strategy": tune.grid_search(strategies)},
+            # Each trial gets a fresh process: a task may call `dspy.configure`, which one thread of a process may.
+            tune_config=TuneConfig(max_concurrent_trials=config.concurrent_trials, reuse_actors=False),
+            run_config=RunConfig(
+                name="tune",
+                storage_path=str(own_files.folder),
+                verbose=0,
+                failure_config=FailureConfig(max_failures=config.trial.max_failures),
+                callbacks=[_tune_callback(tell)],
+            ),
+        )
+        try:
+            for outcome in tuner.fit():
+                if outcome.error is not None and outcome.config is not None:
+                    errors[outcome.config["strategy"]] = outcome.error
+        except (TuneError, ray.exceptions.RayError) as error:  # the trials kept what they found
+            errors = dict.fromkeys(config.strategies, error)
     return errors
+
+
+def _tell_finished(strategy: str, finished: Mapping[str, FinishedStep], tell: Listener) -> None:
+    """Tell the steps of a strategy that lacks none."""
+    best: float | None = None
+    for prefix in [BASELINE, *prefixes(strategy)]:
+        step = finished[prefix]
+        best = step.score if best is None or step.score is None else max(best, step.score)
+        tell(StepFinished(strategy, prefix, step.score, best, step.seconds, loaded=True))
 
 
 def _tested(best: Candidate, setup: "TrialSetup", tell: Listener) -> tuple[float, Sequence[float]]:
@@ -240,6 +262,13 @@ def _tested(best: Candidate, setup: "TrialSetup", tell: Listener) -> tuple[float
     return scores
 
 
+def last_failure(errors: str) -> str:
+    """The last failure in Ray Tune's error file of a trial, in a line."""
+    lines = errors.rpartition("Failure # ")[2].strip().splitlines()[1:]
+    ours = [line.partition(": ")[2] for line in lines if line.startswith("bt_ray.errors.")]
+    return ours[-1] if ours else (lines or ["its process died"])[0]
+
+
 def _tune_callback(tell: Listener) -> Any:
     from ray.tune import Callback
 
@@ -251,6 +280,9 @@ def _tune_callback(tell: Listener) -> Any:
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             tell(TrialStarted(trial.config["strategy"]))
+
+        def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            tell(TrialLost(trial.config["strategy"], last_failure(Path(trial.error_file).read_text())))
 
         def on_trial_result(
             self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any

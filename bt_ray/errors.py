@@ -1,9 +1,4 @@
-"""The exceptions of bt_ray, and whose failure each one is.
-
-A failure is the infrastructure's (a server or node was lost, a deadline passed), the user's (the metric raises, the
-configuration is wrong) or the model's (an answer that does not parse; DSPy scores that example 0). Only this module
-decides which. It imports nothing.
-"""
+"""The exceptions of bt_ray. Whose failure each one is, `bt_ray.failures` decides. It imports nothing."""
 
 
 class BtRayError(Exception):

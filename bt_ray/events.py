@@ -33,6 +33,14 @@ class StepFinished:
 
 
 @dataclass(frozen=True)
+class TrialLost:
+    """A trial lost its infrastructure, for the reason given, and is run again."""
+
+    strategy: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class TrialEnded:
     """A trial is over; `error` says why, if it ended early."""
 
@@ -51,4 +59,4 @@ class ServerChanged:
     detail: str
 
 
-Event = Stage | TrialStarted | StepFinished | TrialEnded | ServerChanged
+Event = Stage | TrialStarted | StepFinished | TrialLost | TrialEnded | ServerChanged

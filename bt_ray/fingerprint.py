@@ -127,8 +127,10 @@ def step_parts(
         f"compile arguments of {key}": digest(task.compile_args(optimizers).get(key, {}), scratch_dir),
     }
     if isinstance(optimizer, FinetuneTeleprompter):
-        train = config.train.model_dump(mode="json", exclude={"timeout_s"})
-        parts |= {"train": digest(train), "versions of the trainer": digest(versions(TRAINING_VERSIONS))}
+        parts |= {
+            "train": digest(config.train.of_the_result()),
+            "versions of the trainer": digest(versions(TRAINING_VERSIONS)),
+        }
     return parts
 
 

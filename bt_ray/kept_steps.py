@@ -16,10 +16,11 @@ import dspy
 
 from bt_ray.better_together import StepOutcome
 from bt_ray.errors import InfrastructureError, InfrastructureFailure, StepFailed
+from bt_ray.failures import Side, side_of
 from bt_ray.fingerprint import StepKey, versions
 from bt_ray.lm import MODEL_PREFIX, ServedEngine, ServedLM
 from bt_ray.results import StepFailure, failure_of
-from bt_ray.store import FinishedStep, StepStore
+from bt_ray.store import FinishedStep, StepStore, attempt_name
 
 VISIBLE_S = 60.0
 """Seconds that a shared filesystem may take to show one node what another wrote."""
@@ -93,10 +94,10 @@ class KeptSteps:
             if fence is None:
                 claim.finished = self._outcome(self._finished(key), loaded=True)
             yield claim
-        except InfrastructureError as error:
-            self._end(key, fence)
-            raise InfrastructureFailure(str(error)) from error
         except Exception as error:
+            if side_of(error) is Side.INFRASTRUCTURE:
+                self._end(key, fence)
+                raise InfrastructureFailure(str(error)) from error
             self._end(key, fence, failure_of(error))
             raise
         except BaseException:
@@ -104,7 +105,7 @@ class KeptSteps:
             raise
 
     def commit(self, key: StepKey, fence: int, outcome: StepOutcome, requests: int) -> StepOutcome:
-        state = program_state(outcome.program)
+        attempt = attempt_name(fence)
         step = FinishedStep(
             key=key.key,
             parent=key.parent,
@@ -114,13 +115,13 @@ class KeptSteps:
             started=outcome.started,
             seconds=outcome.seconds,
             weights=served_weights(outcome.program),
-            program=self._store.write_program(key.key, f"{fence:012d}", state),
+            program=self._store.write_program(key.key, attempt, program_state(outcome.program)),
             requests=requests,
             versions=installed_versions(),
         )
         if not self._claims.may_commit(key.key, fence):
             raise InfrastructureError(f"The claim on step {key.prefix!r} went to another trial.")
-        self._store.commit(step, fence)
+        self._store.commit(step, attempt)
         self._claims.end(key.key, fence, committed=True)
         return self._outcome(step, loaded=False)
 

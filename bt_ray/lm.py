@@ -13,15 +13,17 @@ import dspy
 from dspy._vendor.lm15.transports import StdlibTransport
 from dspy.clients.engines.lm15_engine import LM15Engine
 from dspy.clients.provider import Provider, TrainingJob
-from dspy.lm15 import LM15Error, Request, Response, RouterConfig
+from dspy.lm15 import ContextLengthError, InvalidRequestError, LM15Error, Request, Response, RouterConfig
 
 from bt_ray.config import LMConfig
 from bt_ray.errors import InfrastructureError, ServerError, TaskError
+from bt_ray.failures import is_lost_answer
 from bt_ray.hosting import FailureLatch, Models
 from bt_ray.serving.server import Endpoint
 from bt_ray.weights import Weights
 
 MODEL_PREFIX = "openai/"
+CONTEXT_EXCEEDED = "maximum context length"
 STEP_SETTING = "bt_ray_step"
 """The name under which DSPy's settings carry the step that a thread works for."""
 
@@ -87,8 +89,8 @@ class ServedEngine:
                     try:
                         response = self._client(endpoint).complete(request)
                     except LM15Error as failure:
-                        if not server_is_to_blame(failure):
-                            raise
+                        if not is_lost_answer(failure):
+                            raise _as_context_error(failure) from None
                         error = failure
                         self.models.lost(endpoint)
                         continue
@@ -147,11 +149,14 @@ class AsyncServedEngine:
         return await asyncio.to_thread(self._engine.complete, request)
 
 
-def server_is_to_blame(error: LM15Error) -> bool:
-    """Whether `error` speaks of the server (gone, failing, serving other weights) rather than of the request."""
-    if isinstance(error, dspy.lm15.TransportError | dspy.lm15.ServerError | dspy.lm15.TimeoutError):
-        return True
-    return getattr(error, "status", None) == 409
+def _as_context_error(error: LM15Error) -> LM15Error:
+    """`error`, or what DSPy knows a prompt by that does not fit, for which `ReAct` shortens its history.
+
+    vLLM says so in words alone (`vllm.renderers.params`).
+    """
+    if isinstance(error, InvalidRequestError) and CONTEXT_EXCEEDED in error.message:
+        return ContextLengthError(error.message, status=error.status, provider=error.provider)
+    return error
 
 
 class ServedProvider(Provider):  # type: ignore[misc]

@@ -6,7 +6,6 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from bt_ray.config import ServerConfig
@@ -14,6 +13,7 @@ from bt_ray.errors import TaskError
 from bt_ray.hosting import Conversation
 from bt_ray.serving.server import Endpoint
 from bt_ray.slot import Slot
+from bt_ray.storage import Storage
 from bt_ray.weights import Weights
 
 
@@ -23,19 +23,20 @@ class LocalModels:
     Args:
         weights: All that can be asked for, by id.
         config: `[server]`.
-        log_dir: Where the server's output is kept.
+        storage: The run directory that fine-tuned weights belong to.
     """
 
-    def __init__(self, weights: dict[str, Weights], config: ServerConfig, log_dir: Path) -> None:
+    def __init__(self, weights: dict[str, Weights], config: ServerConfig, storage: Storage) -> None:
         self._weights = weights
-        self._slot = Slot("load", config, token=secrets.token_urlsafe(32), host="127.0.0.1", log_dir=log_dir)
+        token = secrets.token_urlsafe(32)
+        self._slot = Slot("load", config, token=token, host="127.0.0.1", storage=storage, keep_logs=False)
         self._endpoint: Endpoint | None = None
         self._in_flight = 0
         self._door = threading.Lock()
         self._changed = threading.Condition()
         # Whatever happens, the keeper ends the server with this process; this stops it as soon as nothing can ask.
-        weakref.finalize(self, self._slot.stop)
-        atexit.register(self._slot.stop)
+        weakref.finalize(self, self._slot.close)
+        atexit.register(self._slot.close)
 
     @contextmanager
     def request(self, weights_id: str) -> Iterator[Endpoint]:

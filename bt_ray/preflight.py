@@ -47,7 +47,7 @@ class Checked:
     keys: dict[str, StepKey]
 
 
-def check_sweep(config: SweepConfig, run_dir: Path | None, *, accept_changes: bool = False) -> Checked:
+def check_sweep(config: SweepConfig, run_dir: str | None, *, accept_changes: bool = False) -> Checked:
     """Check everything that needs no cluster.
 
     Args:
@@ -78,6 +78,11 @@ def check_sweep(config: SweepConfig, run_dir: Path | None, *, accept_changes: bo
     if any(key in weight_keys for keys in strategies for key in keys):
         check_trainable(config.server, config.train)
     if run_dir is not None:
+        if config.trial.resume_optimizers and "://" in run_dir:
+            raise ConfigError(
+                "trial.resume_optimizers: optimizers keep their state in files, so the run directory must be on a "
+                f"filesystem that all nodes share; it is {run_dir}."
+            )
         check_run_directory(run_dir, keys, accept_changes=accept_changes)
     names = {key: type(optimizer).__name__ for key, optimizer in optimizers.items()}
     models = {predictor.lm.model for predictor in task.program.predictors()}

@@ -1,12 +1,12 @@
 """What a sweep found: frozen candidates, trials and the ranked whole, as JSON in `result.json`."""
 
-import json
 import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from bt_ray.errors import StepFailed
+from bt_ray.errors import StepFailed, StorageError
+from bt_ray.storage import open_storage, parent_and_name
 from bt_ray.strategy import length
 
 SCHEMA_VERSION = 1
@@ -135,9 +135,16 @@ class SweepResult:
         }
 
     @classmethod
-    def read(cls, path: Path) -> Self:
-        """The result that a sweep left in `path`, its `result.json`."""
-        values = json.loads(path.read_text())
+    def read(cls, file: str | Path) -> Self:
+        """The result that a sweep left in `file`, its `result.json`: a path, or a URI.
+
+        Raises:
+            StorageError: It cannot be read.
+        """
+        run_dir, name = parent_and_name(str(file))
+        values = open_storage(run_dir).read_json(name)
+        if values is None:
+            raise StorageError(f"{file} is no result of a sweep.")
         return cls(
             run_dir=values["run_dir"],
             trials=tuple(TrialResult.from_json(trial) for trial in values["trials"]),

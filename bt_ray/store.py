@@ -1,10 +1,12 @@
 """The step store: each finished step under its key, written once, its manifest last.
 
-`steps/<key>/` holds one folder for each attempt, with the program, and a manifest for each attempt that was committed, named
-after its fencing number: `manifest-000001000003.json`. The highest counts. A key without a readable manifest does not exist.
+`steps/<key>/` holds one folder for each attempt, with the program, and a manifest for each attempt that was committed.
+Attempts are named after their claim's fencing number, `000001000003-5eb0d2`, and the highest counts. A key without a
+readable manifest does not exist.
 """
 
 import logging
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,10 +14,10 @@ from typing import Any
 from bt_ray.errors import StorageError
 from bt_ray.results import Candidate
 from bt_ray.storage import Storage
-from bt_ray.weights import MANIFEST, Weights, read_manifest
+from bt_ray.weights import MANIFEST, WEIGHTS, Weights, fine_tuned
 
 SCHEMA_VERSION = 1
-STEPS, WEIGHTS = "steps", "weights"
+STEPS = "steps"
 logger = logging.getLogger(__name__)
 
 
@@ -94,7 +96,7 @@ class StepStore:
         """
         state = self.storage.read(program)
         if state is None:
-            raise StorageError(f"{self.storage.location / program} is gone.")
+            raise StorageError(f"{program} in {self.storage.location} is gone.")
         return state
 
     def finished(self, keys: Mapping[str, str], base_id: str) -> dict[str, FinishedStep]:
@@ -112,21 +114,20 @@ class StepStore:
         Raises:
             StorageError: They are gone.
         """
-        folder = self.storage.location / WEIGHTS / weights_id
-        try:
-            return read_manifest(folder)
-        except FileNotFoundError:
-            raise StorageError(f"The weights {folder} are gone.") from None
+        manifest = self.storage.read_json(f"{WEIGHTS}/{weights_id}/{MANIFEST}")
+        if manifest is None:
+            raise StorageError(f"The weights {WEIGHTS}/{weights_id} in {self.storage.location} are gone.")
+        return fine_tuned(manifest)
 
-    def commit(self, step: FinishedStep, fence: int) -> None:
-        """Let an attempt count, from this moment on.
-
-        Args:
-            step: The step. Its program and weights are written.
-            fence: The number of the claim; of two commits of a key, that with the higher number counts.
-        """
-        name = f"{STEPS}/{step.key}/manifest-{fence:012d}.json"
+    def commit(self, step: FinishedStep, attempt: str) -> None:
+        """Let an attempt count, from this moment on. The step's program and weights are written."""
+        name = f"{STEPS}/{step.key}/manifest-{attempt}.json"
         self.storage.write_json(name, {"schema_version": SCHEMA_VERSION, **asdict(step)})
+
+
+def attempt_name(fence: int) -> str:
+    """A new name for an attempt under the claim of this number; of two commits, that of the later claim counts."""
+    return f"{fence:012d}-{secrets.token_hex(3)}"
 
 
 def _parsed(values: Any) -> FinishedStep | None:

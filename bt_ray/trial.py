@@ -4,8 +4,10 @@ Runs in a Ray Tune worker (or a Ray task): loads the task anew, wires its LMs to
 strategy, keeps each step's program and reports each step's score.
 """
 
+import contextlib
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,16 +19,17 @@ from ray import tune
 from ray.actor import ActorHandle
 
 from bt_ray.config import SweepConfig
-from bt_ray.errors import InfrastructureError, InfrastructureFailure
+from bt_ray.errors import InfrastructureError, InfrastructureFailure, StorageError
+from bt_ray.failures import Side, side_of
 from bt_ray.fingerprint import StepKey
+from bt_ray.node_disk import Scratch
 from bt_ray.results import Candidate, StepFailure, failure_of
-from bt_ray.storage import Storage
+from bt_ray.storage import Storage, open_storage
 from bt_ray.store import FinishedStep, StepStore
 from bt_ray.strategy import BASELINE, SEPARATOR
 from bt_ray.weights import Weights
 
-FAILURE_FILE = "failure.json"
-TESTS = "tests"
+FAILURE_FILE, LOG, SCRATCH = "failure.json", "log.txt", "scratch"
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class TrialSetup:
     Attributes:
         config: The sweep's settings.
         task: The task's spec as a worker resolves it.
-        run_dir: The sweep's run directory.
+        run_dir: The location of the sweep's run directory.
         base: The student's base weights.
         keys: The key of each step, by prefix.
         pool: The sweep's server pool.
@@ -46,7 +49,7 @@ class TrialSetup:
 
     config: SweepConfig
     task: str
-    run_dir: Path
+    run_dir: str
     base: Weights
     keys: Mapping[str, StepKey]
     pool: "ActorHandle[Any]"
@@ -55,7 +58,7 @@ class TrialSetup:
 
     @property
     def store(self) -> StepStore:
-        return StepStore(Storage(self.run_dir))
+        return StepStore(open_storage(self.run_dir))
 
 
 def trial_name(config: SweepConfig, strategy: str) -> str:
@@ -70,22 +73,22 @@ def run_trial(params: dict[str, Any], setup: TrialSetup) -> None:
     """
     strategy = params["strategy"]
     folder = f"trials/{trial_name(setup.config, strategy)}"
-    with _log_file(setup.run_dir / folder / "log.txt"):
+    with work_folder(setup.store.storage, folder) as here, _log_file(here / LOG):
         reporter = _Reporter()
         try:
-            failure = _walk(strategy, setup, setup.run_dir / folder / "scratch", reporter)
+            failure = _walk(strategy, setup, here, reporter)
         except InfrastructureFailure as lost:
             raise InfrastructureError(str(lost)) from lost
-        except InfrastructureError:
-            raise
         except Exception as error:
+            if side_of(error) is Side.INFRASTRUCTURE:
+                raise
             failure = failure_of(error)
         if failure is not None:
             setup.store.storage.write_json(f"{folder}/{FAILURE_FILE}", asdict(failure))
         reporter.finish()
 
 
-def _walk(strategy: str, setup: TrialSetup, scratch_dir: Path, reporter: "_Reporter") -> StepFailure | None:
+def _walk(strategy: str, setup: TrialSetup, work_folder: Path, reporter: "_Reporter") -> StepFailure | None:
     """Walk the strategy; returns how the step failed that ended it early, None if it went to its end."""
     import dspy
 
@@ -108,7 +111,7 @@ def _walk(strategy: str, setup: TrialSetup, scratch_dir: Path, reporter: "_Repor
             task,
             student_lm(task.program),
             seed=config.seed,
-            scratch_dir=scratch_dir,
+            scratch_dir=lambda prefix: scratch_dir(setup, work_folder, prefix),
             latch=engine.latch,
             engine=engine,
             steps=steps,
@@ -146,7 +149,11 @@ def _evaluate_on_testset(setup: TrialSetup, best: Candidate) -> tuple[float, tup
     from bt_ray.lm import served_lm
 
     config = setup.config
-    with _log_file(setup.run_dir / "trials" / "test.txt"), student(setup, "test", config.num_threads) as (task, engine):
+    with (
+        work_folder(setup.store.storage, "trials/test") as here,
+        _log_file(here / LOG),
+        student(setup, "test", config.num_threads) as (task, engine),
+    ):
         weights = {i: setup.base if i == setup.base.id else setup.store.read_weights(i) for i in best.weights.values()}
         for stored in weights.values():
             engine.models.add(stored)
@@ -177,9 +184,7 @@ def student(setup: TrialSetup, holder: str, threads: int) -> Iterator[tuple[Any,
 
     config = setup.config
     task = load_task(setup.task)
-    models = LeasedModels(
-        holder, setup.pool, setup.servers, base=setup.base, config=config, weights_dir=setup.run_dir / "weights"
-    )
+    models = LeasedModels(holder, setup.pool, setup.servers, base=setup.base, config=config)
     engine = ServedEngine(
         models,
         FailureLatch(),
@@ -217,6 +222,32 @@ def _max_errors(config: SweepConfig) -> dict[str, int]:
     return {} if config.max_errors is None else {"max_errors": config.max_errors}
 
 
+def scratch_dir(setup: TrialSetup, folder: Path, prefix: str) -> Path:
+    """The step's folder for its optimizer's own files: empty, unless they are to be found again by the next attempt."""
+    if setup.config.trial.resume_optimizers and (run_dir := setup.store.storage.folder) is not None:
+        made = run_dir / SCRATCH / setup.keys[prefix].key
+    else:
+        made = folder / SCRATCH / (prefix.replace(SEPARATOR, "-") or "baseline")
+        shutil.rmtree(made, ignore_errors=True)
+    made.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+@contextmanager
+def work_folder(storage: Storage, name: str) -> Iterator[Path]:
+    """A folder to work in: the run directory's own on a filesystem, else a temporary one whose log goes there at the end."""
+    if storage.folder is not None:
+        yield storage.folder / name
+        return
+    with Scratch("trial") as scratch:
+        try:
+            yield scratch.folder
+        finally:
+            if (log := scratch.folder / LOG).exists():
+                with contextlib.suppress(StorageError):  # a log that is lost costs no result
+                    storage.write(f"{name}/{LOG}", log.read_bytes())
+
+
 @contextmanager
 def _log_file(path: Path) -> Iterator[None]:
     """Send what DSPy and bt_ray log in this process to `path` as well."""
@@ -231,4 +262,5 @@ def _log_file(path: Path) -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):  # a log that does not fit on the disk costs no result
+            handler.close()

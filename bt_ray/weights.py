@@ -15,7 +15,7 @@ from typing import Any
 
 from bt_ray.errors import ConfigError
 
-MANIFEST = "bt_ray_weights.json"
+WEIGHTS, MANIFEST = "weights", "bt_ray_weights.json"
 SAMPLES_PER_FILE = 64
 SAMPLE_BYTES = 64 * 1024
 
@@ -26,7 +26,8 @@ class Weights:
 
     Attributes:
         id: Names the content; the `model` of requests.
-        path: The folder to load it from, or a model id of the hub.
+        path: Of a base model: its folder, or its model id of the hub. Of a fine-tune: its folder, relative to the run
+            directory until a node made it loadable (`bt_ray.node_weights`).
         parent: The id of the weights that were fine-tuned into these, None for a base model.
         revision: Of a model of the hub; None for its default, and for a folder.
     """
@@ -95,11 +96,6 @@ def new_weights_id(parent: Weights) -> str:
     return f"{base}-ft-{secrets.token_hex(6)}"
 
 
-def read_manifest(folder: Path) -> Weights:
-    """The weights that a finished fine-tune left in `folder`. The manifest is written last: without it nothing is there.
-
-    Raises:
-        FileNotFoundError: The fine-tune did not finish.
-    """
-    manifest = json.loads((folder / MANIFEST).read_text())
-    return Weights(id=manifest["id"], path=str(folder), parent=manifest["parent"])
+def fine_tuned(manifest: Mapping[str, Any]) -> Weights:
+    """The weights whose manifest this is. It is written last: without it, nothing is there."""
+    return Weights(id=manifest["id"], path=f"{WEIGHTS}/{manifest['id']}", parent=manifest["parent"])

@@ -19,6 +19,7 @@ MARK = "BT_RAY_TEST_RUN"
 _scratch = tempfile.TemporaryDirectory(prefix="bt_ray_tests_")
 os.environ |= {
     "DSPY_CACHEDIR": f"{_scratch.name}/dspy_cache",
+    "BT_RAY_CACHE": f"{_scratch.name}/bt_ray_cache",
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray listens on 127.0.0.1 only
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -28,6 +29,11 @@ os.environ |= {
 for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
     os.environ.pop(name, None)
 sys.path.insert(0, str(ROOT / "tests"))
+
+from support.object_store import ObjectStore, object_store  # noqa: E402 - the environment comes first
+
+from bt_ray.storage import Directory, Storage, open_storage  # noqa: E402
+
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would what they start
 
 
@@ -71,7 +77,24 @@ def request_log(tmp_path: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """An S3 server of the test session's own, which this process and all that it starts find in their environment."""
+    with object_store(tmp_path_factory.mktemp("s3")) as store:
+        os.environ |= store.environment
+        yield store
+
+
+@pytest.fixture(params=["disk", "shared", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """A run directory on this machine's disk, on one that counts as shared, and in an object store."""
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+        return open_storage(f"s3://bucket/{tmp_path.name}/run")
+    return Directory(tmp_path / "run", in_place=request.param == "disk")
+
+
+@pytest.fixture(scope="session")
+def local_ray(s3: ObjectStore) -> Iterator[None]:
     """One Ray of the test session's own, with more logical cores than the machine has."""
     import ray
 

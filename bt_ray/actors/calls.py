@@ -25,6 +25,6 @@ def ask(method: Any, *arguments: Any, timeout_s: float | None = None) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, BtRayError):
             raise error.cause from error
-        raise InfrastructureError(str(error)) from error
+        raise InfrastructureError(f"{type(error.cause).__name__}: {error.cause}") from error
     except RayError as error:
         raise ActorGone(str(error).strip().partition("\n")[0]) from error

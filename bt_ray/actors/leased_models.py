@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ray.actor import ActorHandle
@@ -22,7 +21,7 @@ from bt_ray.errors import ServerError
 from bt_ray.hosting import Conversation
 from bt_ray.serving.server import Endpoint
 from bt_ray.training.job import check_trainable
-from bt_ray.weights import Weights, new_weights_id
+from bt_ray.weights import Weights
 
 RESTART_S = 60.0
 """Seconds that an actor may take to come back after its process died."""
@@ -46,8 +45,6 @@ class LeasedModels:
         servers: The sweep's model servers.
         base: The student's base weights.
         config: The sweep's settings.
-        weights_dir: Where fine-tuned weights are kept.
-        seed: The sweep's seed, for training.
     """
 
     def __init__(
@@ -58,13 +55,11 @@ class LeasedModels:
         *,
         base: Weights,
         config: SweepConfig,
-        weights_dir: Path,
     ) -> None:
         self._holder = f"{holder}#{secrets.token_hex(4)}"  # a trial that is run again is another holder
         self._pool = pool
         self._servers = servers
         self._config = config
-        self._weights_dir = weights_dir
         self._quota = config.servers_per_trial
         self.weights = {base.id: base}
         self._leases: list[_Lease] = []
@@ -101,7 +96,6 @@ class LeasedModels:
 
     def finetune(self, weights_id: str, conversations: Sequence[Conversation], train_kwargs: dict[str, Any]) -> Weights:
         parent = self.weights[weights_id]
-        new_id = new_weights_id(parent)
         train = override_train(self._config.train, train_kwargs)
         check_trainable(self._config.server, train)
         with self._door:
@@ -110,8 +104,7 @@ class LeasedModels:
                 self._changed.wait_for(lambda: lease.in_flight == 0)
                 lease.training, lease.endpoint = True, None
         try:
-            output_dir = str(self._weights_dir / new_id)
-            arguments = (parent, new_id, list(conversations), train, self._config.seed, output_dir)
+            arguments = (parent, list(conversations), train, self._config.seed)
             trained: Weights = ask(self._servers[lease.index].train, *arguments)
         finally:
             with self._changed:

@@ -4,7 +4,6 @@ The driver creates it, so it dies with the driver; the model process in it dies 
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -12,6 +11,7 @@ import ray
 from bt_ray.config import ServerConfig, TrainConfig
 from bt_ray.serving.server import Endpoint
 from bt_ray.slot import Slot, SlotStatus
+from bt_ray.storage import open_storage
 from bt_ray.weights import Weights
 
 
@@ -19,26 +19,21 @@ from bt_ray.weights import Weights
 class ModelServer:
     """`bt_ray.slot.Slot` as an actor. A restarted one is idle: whoever needs weights served asks again."""
 
-    def __init__(self, name: str, config: ServerConfig, token: str, across_nodes: bool, log_dir: str) -> None:
+    def __init__(self, name: str, config: ServerConfig, token: str, across_nodes: bool, run_dir: str) -> None:
         host = ray.util.get_node_ip_address() if across_nodes else "127.0.0.1"
-        self._slot = Slot(name, config, token=token, host=host, log_dir=Path(log_dir))
+        self._slot = Slot(name, config, token=token, host=host, storage=open_storage(run_dir))
 
     def serve(self, weights: Weights) -> Endpoint:
         return self._slot.serve(weights)
 
-    def train(
-        self,
-        parent: Weights,
-        weights_id: str,
-        conversations: Sequence[dict[str, Any]],
-        config: TrainConfig,
-        seed: int,
-        output_dir: str,
-    ) -> Weights:
-        return self._slot.train(parent, weights_id, conversations, config, seed=seed, output_dir=Path(output_dir))
+    def train(self, parent: Weights, conversations: Sequence[dict[str, Any]], config: TrainConfig, seed: int) -> Weights:
+        return self._slot.train(parent, conversations, config, seed=seed)
 
     def stop(self) -> None:
         self._slot.stop()
+
+    def close(self) -> None:
+        self._slot.close()
 
     def status(self) -> SlotStatus:
         return self._slot.status()

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from bt_ray.events import Event, ServerChanged, Stage, StepFinished, TrialEnded, TrialStarted
+from bt_ray.events import Event, ServerChanged, Stage, StepFinished, TrialEnded, TrialLost, TrialStarted
 from bt_ray.report.table import percent
 from bt_ray.strategy import prefixes
 
@@ -60,7 +60,7 @@ class Progress:
         with self._lock:
             line = "" if self._is_small_news(event) else self._line(event)
             self._note(event)
-            if line and (self._live is None or isinstance(event, StepFinished)):
+            if line and (self._live is None or isinstance(event, StepFinished | TrialLost)):
                 self._console.print(f"[{self._clock()}] {line}", highlight=False, markup=False, soft_wrap=True)
 
     def _note(self, event: Event) -> None:
@@ -75,6 +75,8 @@ class Progress:
                 position = steps.index(prefix) + 1 if prefix else 0
                 self._rows[strategy].scores.append(percent(score))
                 self._rows[strategy].running(steps[position] if position < len(steps) else None)
+            case TrialLost(strategy):
+                self._rows[strategy].state = "lost, runs again"
             case TrialEnded(strategy, error):
                 self._rows[strategy].state = f"ended early: {error}" if error else "done"
             case ServerChanged(server):
@@ -94,19 +96,21 @@ class Progress:
     def _line(self, event: Event) -> str:
         match event:
             case Stage(text):
-                return text
+                line = text
             case TrialStarted(strategy):
-                return f'strategy "{strategy}": started'
+                line = f'strategy "{strategy}": started'
             case StepFinished(strategy, prefix, score, best_score, seconds, loaded):
                 name = f"step {prefix}" if prefix else "baseline"
                 took = "computed already" if loaded else f"in {seconds:.0f} s"
-                return f'strategy "{strategy}": {name} {percent(score)} (best {percent(best_score)}), {took}'
+                line = f'strategy "{strategy}": {name} {percent(score)} (best {percent(best_score)}), {took}'
+            case TrialLost(strategy, reason):
+                line = f'strategy "{strategy}": lost, and run again: {reason}'
             case TrialEnded(strategy, error):
-                return f'strategy "{strategy}": ended early: {error}' if error else ""
+                line = f'strategy "{strategy}": ended early: {error}' if error else ""
             case ServerChanged(server, state, weights_id, holder, detail):
                 by = f" for {holder}" if holder else ""
-                return f"server {server}: {state} {weights_id or ''}{by}{', ' + detail if detail else ''}"
-        return ""
+                line = f"server {server}: {state} {weights_id or ''}{by}{', ' + detail if detail else ''}"
+        return line
 
     def _clock(self) -> str:
         minutes, seconds = divmod(int(time.time() - self._started), 60)

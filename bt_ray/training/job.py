@@ -1,8 +1,11 @@
 """The owner's side of a fine-tune: the job file, the command, the wait, and what the child left."""
 
+import hashlib
+import importlib.metadata
 import json
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -10,7 +13,10 @@ from typing import Any, Self
 from bt_ray.child import ChildProcess
 from bt_ray.config import ServerConfig, TrainConfig
 from bt_ray.errors import ConfigError, TaskError, TrainingError
-from bt_ray.weights import Weights, read_manifest
+from bt_ray.weights import MANIFEST, Weights
+
+LOOK_S = 2.0
+CHECKPOINTS, CHECKPOINT_MANIFEST, PROGRESS = "checkpoints", "bt_ray_checkpoint.json", "progress.jsonl"
 
 
 @dataclass(frozen=True)
@@ -20,10 +26,12 @@ class TrainJob:
     Attributes:
         parent: The weights to start from.
         weights_id: The id of the result.
+        folder: Where the process works. `data.jsonl` has the conversations, one `{"messages": [...]}` a line, of which the
+            last message is what to learn; `progress.jsonl` gets a line for each optimizer step; `checkpoints/` what it can
+            go on from.
         output_dir: The folder for the result: safetensors, tokenizer, manifest.
-        data_file: Conversations, one `{"messages": [...]}` a line; the last message is what to learn.
+        checkpoint: The checkpoint to go on from, None for the beginning.
         conversations: Their number.
-        progress_file: Where the child appends a line for each optimizer step.
         config: `[train]`.
         seed: For the order of the data and the initial adapter.
         gpus: Whole GPUs to train on; 0 for CPU.
@@ -32,18 +40,18 @@ class TrainJob:
 
     parent: Weights
     weights_id: str
+    folder: str
     output_dir: str
-    data_file: str
+    checkpoint: str | None
     conversations: int
-    progress_file: str
     config: TrainConfig
     seed: int
     gpus: int
     threads: int
 
-    def write(self, path: Path) -> None:
+    def write(self) -> None:
         values = {**vars(self), "parent": self.parent.to_json(), "config": self.config.model_dump(mode="json")}
-        path.write_text(json.dumps(values))
+        self.file.write_text(json.dumps(values))
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -53,9 +61,25 @@ class TrainJob:
         )
 
     @property
+    def file(self) -> Path:
+        return Path(self.folder, "job.json")
+
+    @property
+    def data_file(self) -> Path:
+        return Path(self.folder, "data.jsonl")
+
+    @property
+    def progress_file(self) -> Path:
+        return Path(self.folder, PROGRESS)
+
+    @property
+    def log_file(self) -> Path:
+        return Path(self.folder, "log.txt")
+
+    @property
     def refusal_file(self) -> Path:
         """Where the child says why the data cannot be trained on."""
-        return Path(f"{self.output_dir}.refused.txt")
+        return Path(self.folder, "refused.txt")
 
     @property
     def command(self) -> list[str]:
@@ -78,33 +102,56 @@ def check_trainable(config: ServerConfig, train: TrainConfig) -> None:
         )
 
 
-def start_training(job: TrainJob, env: Mapping[str, str], log_file: Path) -> ChildProcess:
-    """Start the training process of `job`."""
-    job_file = Path(f"{job.output_dir}.job.json")
-    job_file.parent.mkdir(parents=True, exist_ok=True)
-    job.write(job_file)
+def training_key(parent: Weights, conversations: Sequence[Mapping[str, Any]], config: TrainConfig, seed: int) -> str:
+    """Names a fine-tune after all that its result depends on: equal names, equal fine-tunes."""
+    versions = {package: _version(package) for package in ("torch", "transformers", "trl", "peft")}
+    text = json.dumps([parent.id, list(conversations), config.of_the_result(), seed, versions], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def start_training(job: TrainJob, conversations: Sequence[Mapping[str, Any]], env: Mapping[str, str]) -> ChildProcess:
+    """Start the training process of `job` on these conversations."""
+    job.data_file.write_text("".join(json.dumps(conversation) + "\n" for conversation in conversations))
+    job.write()
     env = {**env, "OMP_NUM_THREADS": str(job.threads), "TOKENIZERS_PARALLELISM": "false"}
-    return ChildProcess([*job.command, str(job_file)], env=env, log_file=log_file)
+    return ChildProcess([*job.command, str(job.file)], env=env, log_file=job.log_file)
 
 
-def finish_training(job: TrainJob, process: ChildProcess) -> Weights:
-    """Wait until `process` has ended and return the weights that it left.
+def finish_training(job: TrainJob, process: ChildProcess, look: Callable[[], None]) -> None:
+    """Wait until `process` has ended and its weights are there.
+
+    Args:
+        job: Its job.
+        process: The training.
+        look: Called every few seconds until then.
 
     Raises:
         TrainingError: It died, was ended, or took longer than `train.timeout_s`.
         TaskError: It found that the data cannot be trained on.
     """
-    status = process.wait(job.config.timeout_s)
-    if status is None:
-        process.stop()
-        raise TrainingError(f"Training {job.weights_id} took longer than {job.config.timeout_s} s and was ended.")
+    deadline = time.monotonic() + (job.config.timeout_s or float("inf"))
+    while (status := process.wait(min(LOOK_S, deadline - time.monotonic()))) is None:
+        look()
+        if time.monotonic() >= deadline:
+            process.stop()
+            raise TrainingError(f"Training {job.weights_id} took longer than {job.config.timeout_s} s and was ended.")
     if (refusal := job.refusal_file).exists():
         raise TaskError(refusal.read_text())
-    try:
-        return read_manifest(Path(job.output_dir))
-    except FileNotFoundError:
+    if not Path(job.output_dir, MANIFEST).exists():
         tail = process.log_tail()
-        raise TrainingError(f"Training {job.weights_id} ended with status {status}. Its last lines:\n{tail}") from None
+        raise TrainingError(f"Training {job.weights_id} ended with status {status}. Its last lines:\n{tail}")
+
+
+def checkpoint_step(checkpoint: str) -> int:
+    """The optimizer step after which a checkpoint was written, from its name: `checkpoint-12`."""
+    return int(checkpoint.rpartition("-")[2])
 
 
 def read_progress(path: Path) -> Iterator[dict[str, Any]]:

@@ -3,19 +3,21 @@
     python -m bt_ray.training.main JOB_FILE        (under `torch.distributed.run` on several GPUs)
 
 Reads the job and its conversations, trains on the last message of each alone, appends `{"step", "steps", "epoch",
-"loss"}` lines to the progress file, and leaves merged safetensors with tokenizer and chat template in the job's output
-folder, the manifest last. Only this module imports torch and trl.
+"loss"}` lines to the progress file, writes checkpoints, and leaves merged safetensors with tokenizer and chat template in
+the job's output folder, the manifest last. Only this module imports torch and trl.
 """
 
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,13 +27,15 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
-from bt_ray.training.job import TrainJob
+from bt_ray.training.job import CHECKPOINT_MANIFEST, CHECKPOINTS, TrainJob
 from bt_ray.weights import MANIFEST
 
 IGNORED = -100
 """The label of a token that has no part in the loss."""
+TENSOR, MAPPING = "__tensor__", "__mapping__"
 
 
 def main() -> None:
@@ -48,15 +52,15 @@ def main() -> None:
     if not conversations:
         sys.exit(1)
     model = AutoModelForCausalLM.from_pretrained(job.parent.path, revision=revision, dtype=dtype)
-    trainer = (SFTTrainer if job.gpus else CpuTrainer)(
+    trainer = (Trainer if job.gpus else CpuTrainer)(
         model=model,
         args=_arguments(job),
         train_dataset=Dataset.from_list(conversations),
         processing_class=tokenizer,
         peft_config=_lora(job) if job.config.method == "lora" else None,
-        callbacks=[_Progress(Path(job.progress_file))],
+        callbacks=[_Progress(job.progress_file), _Checkpoints(job.config.checkpoint_every_s)],
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=job.checkpoint)
     if trainer.accelerator.is_main_process:
         _save(trainer, tokenizer, job, len(conversations))
 
@@ -68,7 +72,7 @@ def trainable_conversations(job: TrainJob, tokenizer: PreTrainedTokenizerBase) -
     refusal file says so.
     """
     longest, kept = 0, []
-    for line in Path(job.data_file).read_text().splitlines():
+    for line in job.data_file.read_text().splitlines():
         *prompt, completion = json.loads(line)["messages"]
         tokens = len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True)["input_ids"])
         longest = max(longest, tokens)
@@ -90,7 +94,7 @@ def _arguments(job: TrainJob) -> SFTConfig:
     config, processes = job.config, max(1, job.gpus)
     steps = -(-job.conversations // config.batch_size) * config.epochs
     return SFTConfig(
-        output_dir=f"{job.output_dir}.trainer",
+        output_dir=str(Path(job.folder, CHECKPOINTS)),
         num_train_epochs=config.epochs,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.scheduler,
@@ -103,7 +107,8 @@ def _arguments(job: TrainJob) -> SFTConfig:
         use_cpu=job.gpus == 0,
         seed=job.seed,
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="no",  # `_Checkpoints` says when
+        save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=job.gpus > 0,
@@ -121,7 +126,71 @@ def _lora(job: TrainJob) -> LoraConfig:
     )
 
 
-class CpuTrainer(SFTTrainer):  # type: ignore[misc]
+class Trainer(SFTTrainer):  # type: ignore[misc]
+    """`SFTTrainer` whose checkpoints are safetensors and JSON: nothing in a run directory is unpickled.
+
+    The states of optimizer, schedule and random numbers, which transformers pickles, are written by `write_state`.
+    """
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            write_state(Path(output_dir, "optimizer"), self.optimizer.state_dict())
+            write_state(Path(output_dir, "scheduler"), self.lr_scheduler.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(read_state(Path(checkpoint, "optimizer")))
+            self.lr_scheduler.load_state_dict(read_state(Path(checkpoint, "scheduler")))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        state = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state()
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        write_state(Path(output_dir, f"random-{self.args.process_index}"), state)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state = read_state(Path(checkpoint, f"random-{self.args.process_index}"))
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"])
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a nested state of tensors and plain values as `path.safetensors` and `path.json`."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def plain(value: Any, name: str) -> Any:
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value.detach().cpu().contiguous().clone()
+            return {TENSOR: name}
+        if isinstance(value, dict):
+            return {MAPPING: [[key, plain(item, f"{name}.{key}")] for key, item in value.items()]}
+        if isinstance(value, list | tuple):
+            return [plain(item, f"{name}.{index}") for index, item in enumerate(value)]
+        return value
+
+    values = plain(state, "")
+    save_file(tensors, f"{path}.safetensors")
+    Path(f"{path}.json").write_text(json.dumps(values))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What `write_state` wrote; tuples come back as lists."""
+    tensors = load_file(f"{path}.safetensors")
+
+    def state(value: Any) -> Any:
+        if isinstance(value, dict):
+            return tensors[value[TENSOR]] if TENSOR in value else {key: state(item) for key, item in value[MAPPING]}
+        return [state(item) for item in value] if isinstance(value, list) else value
+
+    read: dict[str, Any] = state(json.loads(Path(f"{path}.json").read_text()))
+    return read
+
+
+class CpuTrainer(Trainer):
     """`SFTTrainer` with a loss that is fast on CPU, and equal.
 
     The conversations that DSPy makes begin alike (instructions, field descriptions, demos): that common prefix is run
@@ -187,6 +256,34 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
                 file.write(json.dumps(line) + "\n")
 
 
+class _Checkpoints(TrainerCallback):  # type: ignore[misc]
+    """Has a checkpoint written every `every_s` seconds, and says when it is whole."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._last = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        due = torch.tensor(time.monotonic() - self._last >= self._every_s and state.global_step < state.max_steps)
+        if args.world_size > 1:  # all processes save together, when the first one says so
+            due = due.to(args.device)
+            torch.distributed.broadcast(due, src=0)
+        if due:
+            self._last = time.monotonic()
+            control.should_save = True
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.world_size > 1:
+            torch.distributed.barrier()  # each process has written its part
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            write_whole(folder / CHECKPOINT_MANIFEST, {"step": state.global_step, "steps": state.max_steps})
+
+
 def _save(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, job: TrainJob, conversations: int) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if job.config.method == "lora":
@@ -196,8 +293,14 @@ def _save(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, job: TrainJob
     tokenizer.save_pretrained(output)
     manifest = {"id": job.weights_id, "parent": job.parent.id, "conversations": conversations, "seed": job.seed}
     manifest["train"] = job.config.model_dump()
-    (output / f"{MANIFEST}.part").write_text(json.dumps(manifest, indent=2))
-    (output / f"{MANIFEST}.part").rename(output / MANIFEST)
+    write_whole(output / MANIFEST, manifest)
+
+
+def write_whole(file: Path, value: Any) -> None:
+    """Write a JSON file, which appears when it is whole."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(json.dumps(value, indent=2))
+    part.rename(file)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,31 @@
 """Real vLLM and the real trainer in one slot, on a tiny model that the test makes."""
 
+import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import dspy
 import httpx
 import psutil
 import pytest
+import torch
 from conftest import SUPPORT
+from safetensors.torch import load_file
+from support.object_store import ObjectStore
+from support.processes import wait_for
 
-from bt_ray.config import ServerConfig, TrainConfig
-from bt_ray.errors import TaskError
+from bt_ray.config import LMConfig, ServerConfig, TrainConfig
+from bt_ray.errors import TaskError, TrainingError
+from bt_ray.lm import ServedEngine, served_lm
 from bt_ray.serving.server import Endpoint
 from bt_ray.slot import Slot
-from bt_ray.weights import base_weights, content_digest, new_weights_id
+from bt_ray.storage import open_storage
+from bt_ray.weights import Weights, base_weights, content_digest
 
 pytestmark = pytest.mark.timeout(600)
 TOKEN = "the-token-of-this-sweep"
@@ -29,9 +39,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def slot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slot]:
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def slot(run_dir: Path) -> Iterator[Slot]:
     config = ServerConfig.model_validate({"threads": 2, "max_model_len": 256, "max_num_seqs": 8})
-    made = Slot("e2e", config, token=TOKEN, host="127.0.0.1", log_dir=tmp_path_factory.mktemp("logs"))
+    made = Slot("e2e", config, token=TOKEN, host="127.0.0.1", storage=open_storage(str(run_dir)))
     yield made
     made.stop()
 
@@ -52,7 +67,7 @@ ANSWER = "it is so"
 
 
 def test_a_model_is_served_fine_tuned_and_served_again_with_another_answer(
-    tiny_model: Path, slot: Slot, tmp_path: Path
+    tiny_model: Path, slot: Slot, run_dir: Path
 ) -> None:
     base = base_weights(str(tiny_model), {})
     endpoint = slot.serve(base)
@@ -60,27 +75,37 @@ def test_a_model_is_served_fine_tuned_and_served_again_with_another_answer(
     assert before != ANSWER
     assert slot.serve(base) == endpoint, "a healthy server of the same weights is kept"
     check_refusals(endpoint, base.id)
+    check_prompt_that_does_not_fit(endpoint, base)
     processes = psutil.Process(slot.status().pid).children(recursive=True)
     assert all(TOKEN not in " ".join(process.cmdline()) for process in [psutil.Process(slot.status().pid), *processes])
 
     trained = slot.train(
         base,
-        new_weights_id(base),
         [{"messages": [*QUESTION, {"role": "assistant", "content": ANSWER}]}] * 8,
         TrainConfig(method="full", epochs=20, learning_rate=3e-3, batch_size=8),
         seed=0,
-        output_dir=tmp_path / "full",
     )
     assert not [process for process in processes if process.is_running()], "the server gave way to the training"
-    assert (tmp_path / "full" / "model.safetensors").exists()
-    assert (tmp_path / "full" / "chat_template.jinja").exists()
-    assert content_digest(Path(trained.path), {}) != content_digest(tiny_model, {})
+    assert (run_dir / trained.path / "model.safetensors").exists()
+    assert (run_dir / trained.path / "chat_template.jinja").exists()
+    assert content_digest(run_dir / trained.path, {}) != content_digest(tiny_model, {})
 
     endpoint = slot.serve(trained)
     assert text(ask(endpoint, trained.id)) == ANSWER
     refused = ask(endpoint, base.id)
     assert refused.status_code == 409
     assert (refused.json()["error"]["serving"], refused.json()["error"]["asked"]) == (trained.id, base.id)
+
+
+def check_prompt_that_does_not_fit(endpoint: Endpoint, base: Weights) -> None:
+    class Here:
+        @contextmanager
+        def request(self, weights_id: str) -> Iterator[Endpoint]:
+            yield endpoint
+
+    engine = ServedEngine(Here(), None, retries=0, timeout_s=60, max_connections=1)  # type: ignore[arg-type]
+    with pytest.raises(dspy.ContextWindowExceededError, match="maximum context length"):
+        served_lm(base, engine, LMConfig(max_tokens=1))("word " * 1000)
 
 
 def check_refusals(endpoint: Endpoint, weights_id: str) -> None:
@@ -99,23 +124,98 @@ def check_refusals(endpoint: Endpoint, weights_id: str) -> None:
         assert answer.status_code == 404, f"{route} is open to whoever has the token"
 
 
-def test_prompts_that_leave_no_room_for_an_answer_are_the_users_to_mend(
-    tiny_model: Path, slot: Slot, tmp_path: Path
-) -> None:
+def test_prompts_that_leave_no_room_for_an_answer_are_the_users_to_mend(tiny_model: Path, slot: Slot) -> None:
     base = base_weights(str(tiny_model), {})
     conversations: list[dict[str, Any]] = [{"messages": [*QUESTION, {"role": "assistant", "content": ANSWER}]}] * 2
     with pytest.raises(TaskError, match=r"2 of 2 training examples .* set train\.max_length higher"):
-        slot.train(base, "ft", conversations, TrainConfig(max_length=8), seed=0, output_dir=tmp_path / "cut")
+        slot.train(base, conversations, TrainConfig(max_length=8), seed=0)
 
 
-def test_lora_is_merged_into_a_checkpoint(tiny_model: Path, slot: Slot, tmp_path: Path) -> None:
+def test_lora_is_merged_into_a_checkpoint(tiny_model: Path, slot: Slot, run_dir: Path) -> None:
     base = base_weights(str(tiny_model), {})
     conversations: list[dict[str, Any]] = [{"messages": [*QUESTION, {"role": "assistant", "content": ANSWER}]}] * 4
     config = TrainConfig(epochs=2, learning_rate=1e-3, batch_size=4)
-    trained = slot.train(base, new_weights_id(base), conversations, config, seed=0, output_dir=tmp_path / "lora")
-    names = sorted(path.name for path in Path(trained.path).iterdir())
+    trained = slot.train(base, conversations, config, seed=0)
+    names = sorted(path.name for path in (run_dir / trained.path).iterdir())
     assert not [name for name in names if "adapter" in name]
     assert "model.safetensors" in names
     assert trained.parent == base.id
-    progress = (tmp_path / "lora.progress.jsonl").read_text().splitlines()
-    assert len(progress) == 2, "one line for each optimizer step"
+    (progress,) = run_dir.glob(f"trainings/*/{trained.id}/progress.jsonl")
+    assert len(progress.read_text().splitlines()) == 2, "one line for each optimizer step"
+    assert slot.train(base, conversations, config, seed=0) == trained, "the same fine-tune is not repeated"
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_fine_tune_that_was_cut_off_goes_on_from_its_last_checkpoint(
+    tiny_model: Path, tmp_path: Path, method: Literal["lora", "full"]
+) -> None:
+    base = base_weights(str(tiny_model), {})
+    said = [f"it is {word}" for word in ("so", "not so", "late", "early", "dark", "bright")]
+    conversations = [{"messages": [*QUESTION, {"role": "assistant", "content": text}]} for text in said]
+    config = TrainConfig(method=method, epochs=20, batch_size=2, lora_dropout=0.1, checkpoint_every_s=0, learning_rate=1e-3)
+
+    def slot_in(folder: Path) -> Slot:
+        settings = ServerConfig.model_validate({"threads": 1})
+        return Slot("e2e", settings, token=TOKEN, host="127.0.0.1", storage=open_storage(str(folder)))
+
+    undisturbed = slot_in(tmp_path / "a").train(base, conversations, config, seed=3)
+    run_dir, slot = tmp_path / "b", slot_in(tmp_path / "b")
+
+    def kill_at_a_checkpoint() -> None:
+        wait_for("a checkpoint", lambda: list(run_dir.glob("trainings/*/*/checkpoints/*[5-9]/bt_ray_checkpoint.json")))
+        psutil.Process(slot.status().pid).kill()
+
+    killer = threading.Thread(target=kill_at_a_checkpoint)
+    killer.start()
+    with pytest.raises(TrainingError, match="ended with status -9"):
+        slot.train(base, conversations, config, seed=3)
+    killer.join()
+    (cut_off,) = run_dir.glob("trainings/*/*/progress.jsonl")
+    got_to = len(cut_off.read_text().splitlines())
+    assert 5 <= got_to < 60
+    assert not [file for file in run_dir.rglob("*") if file.suffix in (".bin", ".pt", ".pth", ".pkl")], "no pickle"
+
+    trained = slot.train(base, conversations, config, seed=3)
+    (job,) = run_dir.glob(f"trainings/*/{trained.id}/job.json")
+    started_at = int(json.loads(job.read_text())["checkpoint"].rpartition("-")[2])
+    assert got_to - 1 <= started_at <= got_to
+    (progress,) = run_dir.glob(f"trainings/*/{trained.id}/progress.jsonl")
+    (reference,) = tmp_path.glob(f"a/trainings/*/{undisturbed.id}/progress.jsonl")
+    losses, expected = losses_of(progress), losses_of(reference)
+    assert list(losses) == list(expected) == list(range(1, 61))
+    assert losses == pytest.approx(expected, abs=1e-4)
+    ours = load_file(run_dir / trained.path / "model.safetensors")
+    theirs = load_file(tmp_path / "a" / undisturbed.path / "model.safetensors")
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in theirs)
+    assert not list(run_dir.glob("trainings/*/*/checkpoints")), "checkpoints go when the weights are there"
+
+
+def losses_of(progress: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in progress.read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines}
+
+
+@pytest.mark.long
+def test_weights_from_an_object_store_are_served_on_another_node(
+    tiny_model: Path, tmp_path: Path, s3: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_weights(str(tiny_model), {})
+    conversations = [{"messages": [*QUESTION, {"role": "assistant", "content": ANSWER}]}] * 8
+    config = TrainConfig(method="full", epochs=20, learning_rate=3e-3, batch_size=8)
+    storage = open_storage(f"s3://bucket/{tmp_path.name}")
+
+    def slot_on(node: str) -> Slot:
+        monkeypatch.setenv("BT_RAY_CACHE", str(tmp_path / node))
+        settings = ServerConfig.model_validate({"threads": 2, "max_model_len": 256, "max_num_seqs": 8})
+        return Slot("e2e", settings, token=TOKEN, host="127.0.0.1", storage=storage)
+
+    there, here = slot_on("there"), slot_on("here")
+    trained = there.train(base, conversations, config, seed=0)
+    assert storage.names(trained.path)[-1] == "tokenizer_config.json"
+    endpoint = here.serve(trained)
+    assert text(ask(endpoint, trained.id)) == ANSWER
+    assert [folder.name for folder in (tmp_path / "here" / "weights").glob("[!.]*")] == [trained.id]
+    for slot in (there, here):
+        slot.close()
+    assert not list((tmp_path / "here" / "scratch").iterdir()), "nothing else is left on the node"
+    assert storage.names("logs") == [f"e2e-{trained.id}.log"]

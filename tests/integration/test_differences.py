@@ -42,7 +42,7 @@ def walk(task: bt_ray.Task, lm: ServedLM, scratch_dir: Path, strategy: str, **ar
     assign_lm(task.program, lm)
     steps = OwnSteps(engine.models.work_dir, strategy, task.program, engine)
     optimizer = SweepBetterTogether(
-        task, lm, seed=0, scratch_dir=scratch_dir, latch=engine.latch, engine=engine, steps=steps
+        task, lm, seed=0, scratch_dir=lambda prefix: scratch_dir, latch=engine.latch, engine=engine, steps=steps
     )
     optimizer.program = optimizer.walk(strategy, num_threads=2, **arguments)
     return optimizer
@@ -144,6 +144,13 @@ def test_a_lost_server_is_no_score(settings: dict[str, Any], tmp_path: Path) -> 
     task = tasks.double(optimizers=lambda ctx: {"p": tasks.Demos()}, optimizer_compile_args={})
     with pytest.raises(InfrastructureFailure, match="the engine found no memory"):
         walk(task, served, tmp_path, "p", max_errors=1000)
+
+    # The same where the program asks an API that does not answer.
+    task = tasks.double(optimizers=lambda ctx: {"p": tasks.Demos()}, optimizer_compile_args={})
+    assign_lm(task.program, nobody)
+    engine = ServedEngine(models, FailureLatch(), retries=1, timeout_s=5, max_connections=10)
+    with pytest.raises(InfrastructureFailure, match="refused"):
+        walk(task, served_lm(models.base, engine, make_config(gone).lm), tmp_path, "p", max_errors=1000)
 
 
 class Wrapped(dspy.Module):  # type: ignore[misc]

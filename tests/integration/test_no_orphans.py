@@ -1,6 +1,5 @@
 """However a sweep ends, no model process is left; and a trial or server that is killed costs no result."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -11,6 +10,8 @@ from typing import Any
 import pytest
 from support.processes import MarkedProcesses, wait_for
 from support.sweep_files import toml
+
+from bt_ray.storage import open_storage
 
 SCORES = {"": 20.0, "p": 40.0, "p -> w": 70.0}
 
@@ -23,7 +24,8 @@ class RunningSweep:
         server = {**settings["server"], "count": 1, "cpus": 0.5, "env": env}
         values = {**settings, "strategies": ["p -> w"], "server": server}
         (folder / "sweep.toml").write_text(toml(values))
-        self.run_dir = Path(settings["run_dir"])
+        self.run_dir = open_storage(settings["run_dir"])
+        self.folder = folder
         self.processes = MarkedProcesses()
         self.output = folder / "output.txt"
         command = [sys.executable, "-m", "bt_ray.cli", "sweep", str(folder / "sweep.toml")]
@@ -32,7 +34,7 @@ class RunningSweep:
 
     def await_phase(self, phase: str) -> None:
         if phase == "serving":
-            requests = self.run_dir.parent / "requests.jsonl"
+            requests = self.folder / "requests.jsonl"
             wait_for("requests", lambda: requests.exists() and len(requests.read_text().splitlines()) >= 4)
         else:
             wait_for("a training", lambda: self.processes.running("scripted_trainer.py"))
@@ -46,7 +48,7 @@ class RunningSweep:
     def await_result(self) -> dict[str, float]:
         """The score of each step, when the sweep has ended by itself."""
         assert self.driver.wait(120) == 0, self.output.read_text()
-        result = json.loads((self.run_dir / "result.json").read_text())
+        result = self.run_dir.read_json("result.json")
         assert [trial["error"] for trial in result["trials"]] == [None]
         assert result["test_score"] == 70.0
         return {candidate["prefix"]: candidate["score"] for candidate in result["trials"][0]["candidates"]}

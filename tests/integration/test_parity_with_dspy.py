@@ -119,7 +119,7 @@ def by_bt_ray(task: Task, lm: ServedLM, arguments: dict[str, Any]) -> tuple[dspy
         task,
         lm,
         seed=SEED,
-        scratch_dir=engine.models.work_dir / "scratch",
+        scratch_dir=lambda prefix: engine.models.work_dir,
         latch=engine.latch,
         engine=engine,
         steps=steps,

@@ -1,7 +1,7 @@
 """Steps are computed once: shared between strategies, found again by a second run, never lost."""
 
 import itertools
-import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,25 +12,41 @@ from typing import Any
 
 import pytest
 from conftest import SUPPORT
+from support.object_store import ObjectStore
 from support.sweep_files import toml
 from test_no_orphans import SCORES, RunningSweep
 
 import bt_ray
+from bt_ray.storage import Storage, open_storage
 
 Computed = Callable[[], Counter[str]]
 ALL = [" -> ".join(keys) for length in (1, 2, 3) for keys in itertools.product("pw", repeat=length)]
 
 
+@pytest.fixture(params=["filesystem", pytest.param("s3", marks=pytest.mark.long)])
+def settings(request: pytest.FixtureRequest, settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The settings of a sweep whose run directory is on a filesystem, or in an object store."""
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+        return {**settings, "run_dir": f"s3://bucket/{tmp_path.name}"}
+    return settings
+
+
 @pytest.fixture
-def counted(settings: dict[str, Any]) -> dict[str, Any]:
+def run_dir(settings: dict[str, Any]) -> Storage:
+    return open_storage(settings["run_dir"])
+
+
+@pytest.fixture
+def counted(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """Settings for a task whose optimizers and baseline note each of their runs."""
-    return {**settings, "task": f"{SUPPORT / 'tasks.py'}:counted"}
+    return {**settings, "task": f"{shutil.copy(SUPPORT / 'tasks.py', tmp_path / 'counted_task.py')}:counted"}
 
 
 @pytest.fixture
-def computed(settings: dict[str, Any]) -> Computed:
+def computed(tmp_path: Path) -> Computed:
     """How often each step was computed so far, in all processes."""
-    file = Path(settings["run_dir"]).with_name("computed.txt")
+    file = tmp_path / "computed.txt"
 
     def read() -> Counter[str]:
         return Counter(file.read_text().splitlines()) if file.exists() else Counter()
@@ -57,9 +73,13 @@ def test_all_strategies_up_to_length_3_are_14_steps_and_a_baseline(counted: dict
     for strategy in ("p -> w -> p", "w -> w -> w"):
         alone = sweep(counted, strategies=[strategy], run_dir=f"{counted['run_dir']}-{len(strategy)}-{strategy[0]}")
         assert scores(alone).items() <= scores(result).items()
-        programs = [json.loads((Path(alone.run_dir) / c.program).read_text())["demos"] for c in alone.trials[0].candidates]
-        shared = result.trials[ALL.index(strategy)].candidates
-        assert [json.loads((Path(result.run_dir) / c.program).read_text())["demos"] for c in shared] == programs
+        assert demos(result, ALL.index(strategy)) == demos(alone, 0)
+
+
+def demos(result: bt_ray.SweepResult, trial: int) -> list[Any]:
+    """The demos of each program of a trial."""
+    run_dir = open_storage(result.run_dir)
+    return [run_dir.read_json(candidate.program)["demos"] for candidate in result.trials[trial].candidates]
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -82,20 +102,27 @@ def test_a_second_run_computes_only_what_is_new(counted: dict[str, Any], compute
     assert scores(first).items() <= scores(more).items()
 
 
+def run(*arguments: str, answer: str | None = None) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "bt_ray.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, input=answer)
+
+
 def command(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "bt_ray.cli", *arguments], capture_output=True, text=True, check=False)
+    done = run(*arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_plan_says_what_is_new_and_steps_lists_what_is_there(counted: dict[str, Any], tmp_path: Path) -> None:
+def test_a_plan_says_what_is_new_and_steps_lists_what_is_there(
+    counted: dict[str, Any], run_dir: Storage, tmp_path: Path
+) -> None:
     file = tmp_path / "sweep.toml"
     file.write_text(toml({**counted, "strategies": ALL}))
     before = command("plan", str(file))
     assert "14 steps and 1 baseline, shared between strategies; one by one: 34 and 14." in before
     assert "Finished already: 0. To compute: 15, 7 of them fine-tune." in before
-    assert not Path(counted["run_dir"]).exists(), "a plan leaves nothing behind"
+    assert run_dir.names("") == [], "a plan leaves nothing behind"
 
     sweep(counted, strategies=["p -> w"])
     after = command("plan", str(file))
@@ -113,7 +140,7 @@ def test_a_plan_says_what_is_new_and_steps_lists_what_is_there(counted: dict[str
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_change_that_affects_finished_steps_is_told_and_accepted_only_on_demand(
-    counted: dict[str, Any], computed: Computed
+    counted: dict[str, Any], run_dir: Storage, computed: Computed
 ) -> None:
     sweep(counted, strategies=["p -> w"])
     with pytest.raises(bt_ray.BtRayError) as caught:
@@ -124,45 +151,67 @@ def test_a_change_that_affects_finished_steps_is_told_and_accepted_only_on_deman
     changed = {**counted, "strategies": ["p -> w"], "train": {**counted["train"], "epochs": 9}}
     bt_ray.sweep(counted["task"], changed, accept_changes=True)
     assert computed() == Counter({"baseline": 1, "p": 1, "p -> w": 2})
-    kept = json.loads((Path(counted["run_dir"]) / "sweep.json").read_text())
+    kept = run_dir.read_json("sweep.json")
     assert [accepted["steps"] for accepted in kept["accepted_changes"]] == [["p -> w"]]
 
 
-def truncate(manifest: Path, program: Path, weights: Path) -> None:
-    manifest.write_text(manifest.read_text()[:40])
+def truncate(run_dir: Storage, manifest: str, program: str, weights: str) -> None:
+    run_dir.write(manifest, (run_dir.read(manifest) or b"")[:40])
 
 
-def remove_manifest(manifest: Path, program: Path, weights: Path) -> None:
-    manifest.unlink()
+def remove_manifest(run_dir: Storage, manifest: str, program: str, weights: str) -> None:
+    run_dir.delete(manifest)
 
 
-def another_version(manifest: Path, program: Path, weights: Path) -> None:
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "schema_version": 999}))
+def another_version(run_dir: Storage, manifest: str, program: str, weights: str) -> None:
+    run_dir.write_json(manifest, {**run_dir.read_json(manifest), "schema_version": 999})
 
 
-def remove_program(manifest: Path, program: Path, weights: Path) -> None:
-    program.unlink()
+def remove_program(run_dir: Storage, manifest: str, program: str, weights: str) -> None:
+    run_dir.delete(program)
 
 
-def remove_weights(manifest: Path, program: Path, weights: Path) -> None:
-    (weights / "bt_ray_weights.json").unlink()
+def remove_weights(run_dir: Storage, manifest: str, program: str, weights: str) -> None:
+    run_dir.delete(f"{weights}/bt_ray_weights.json")
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_damaged_step_is_computed_again_and_no_other(counted: dict[str, Any], computed: Computed) -> None:
+def test_a_damaged_step_is_computed_again_and_no_other(
+    counted: dict[str, Any], run_dir: Storage, computed: Computed
+) -> None:
     result = first = sweep(counted, strategies=["p -> w"])
-    run_dir = Path(first.run_dir)
     damages = [truncate, remove_manifest, another_version, remove_program, remove_weights]
     for times, damage in enumerate(damages, start=2):
         step = result.trials[0].candidates[-1]
-        program = run_dir / step.program
-        manifest = max(program.parents[1].glob("manifest-*.json"))
-        for older in set(program.parents[1].glob("manifest-*.json")) - {manifest}:
-            older.unlink()
-        damage(manifest, program, run_dir / "weights" / step.weights["self"])
+        folder = step.program.rpartition("/")[0].rpartition("/")[0]
+        *older, manifest = [name for name in run_dir.names(folder) if name.startswith("manifest-")]
+        for name in older:
+            run_dir.delete(f"{folder}/{name}")
+        damage(run_dir, f"{folder}/{manifest}", step.program, f"weights/{step.weights['self']}")
         result = sweep(counted, strategies=["p -> w"])
         assert scores(result) == scores(first)
         assert computed() == Counter({"baseline": 1, "p": 1, "p -> w": times}), damage.__name__
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_what_no_finished_step_needs_can_be_pruned(settings: dict[str, Any], run_dir: Storage) -> None:
+    first = sweep(settings, strategies=["p -> w", "w"])
+    again = bt_ray.sweep(
+        settings["task"],
+        {**settings, "strategies": ["p -> w", "w"], "train": {**settings["train"], "epochs": 9}},
+        accept_changes=True,
+    )
+    needed = {weights_id for candidate in again.candidates for weights_id in candidate.weights.values()}
+    assert len(run_dir.names("weights")) == 4
+    assert "Remove them? [y/N]" in run("prune", settings["run_dir"], answer="n").stdout
+    assert len(run_dir.names("weights")) == 4
+    said = command("prune", settings["run_dir"], "--yes")
+    assert "GB in 2 folders; 2 fine-tunes are kept." in said
+    assert set(run_dir.names("weights")) == needed - {first.trials[0].candidates[0].weights["self"]}
+    assert "nothing to remove" in command("prune", settings["run_dir"])
+    command("prune", settings["run_dir"], "--yes", "--only-best")
+    assert again.best is not None
+    assert run_dir.names("weights") == list(again.best.weights.values())
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -172,17 +221,45 @@ def test_a_step_that_fails_has_failed_for_all_that_want_it(settings: dict[str, A
     assert all("in compile" in (trial.traceback or "") for trial in result.trials)
 
 
+@pytest.mark.usefixtures("local_ray")
+def test_gepa_goes_on_in_its_middle_only_if_the_settings_ask_for_it(settings: dict[str, Any], tmp_path: Path) -> None:
+    calls = {}
+    for resumed in (False, True):
+        folder = tmp_path / str(resumed)
+        folder.mkdir()
+        task = f"{shutil.copy(SUPPORT / 'tasks.py', folder / 'task.py')}:reflected"
+        run_dir = f"{settings['run_dir']}/{resumed}"
+        again = {**settings, "run_dir": run_dir, "strategies": ["g"], "trial": {"resume_optimizers": resumed}}
+        if resumed and "://" in run_dir:
+            with pytest.raises(bt_ray.BtRayError, match="must be on a filesystem"):
+                bt_ray.sweep(task, again)
+            return
+        assert bt_ray.sweep(task, again).trials[0].error is None
+        log = open_storage(run_dir).read("trials/000-g/log.txt") or b""
+        assert (b"Loading gepa state from run dir" in log) == resumed
+        calls[resumed] = len((folder / "computed.txt").read_text().splitlines())
+    assert calls[True] < calls[False], "what was done before is not done again"
+
+
+def manifests(run_dir: Storage) -> set[str]:
+    """The manifests of all steps."""
+    folders = [f"steps/{key}" for key in run_dir.names("steps")]
+    return {f"{folder}/{name}" for folder in folders for name in run_dir.names(folder) if name.startswith("manifest-")}
+
+
 @pytest.mark.parametrize("phase", ["serving", "training"])
-def test_a_sweep_goes_on_where_its_driver_was_killed(tmp_path: Path, settings: dict[str, Any], phase: str) -> None:
+def test_a_sweep_goes_on_where_its_driver_was_killed(
+    tmp_path: Path, settings: dict[str, Any], run_dir: Storage, phase: str
+) -> None:
     killed = RunningSweep(tmp_path, settings)
     killed.await_phase(phase)
     killed.driver.send_signal(signal.SIGKILL)
     killed.driver.wait(20)
     killed.assert_nothing_is_left()
-    manifests = set(Path(settings["run_dir"]).glob("steps/*/manifest-*.json"))
+    before = manifests(run_dir)
     again = RunningSweep(tmp_path, settings)
     assert again.await_result() == SCORES
-    assert manifests <= set(Path(settings["run_dir"]).glob("steps/*/manifest-*.json"))
+    assert before <= manifests(run_dir)
     if phase == "training":
         assert "2 of 3 steps are finished already" in again.output.read_text()
     again.assert_nothing_is_left()
@@ -195,3 +272,23 @@ def test_one_driver_at_a_time_holds_a_run_directory(tmp_path: Path, settings: di
         bt_ray.sweep(settings["task"], {**settings, "strategies": ["p -> w"]})
     running.driver.send_signal(signal.SIGINT)
     running.assert_nothing_is_left()
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("kind", ["503"])
+def test_an_object_store_that_fails_now_and_then_costs_no_result(
+    counted: dict[str, Any], computed: Computed, run_dir: Storage, s3: ObjectStore, kind: str
+) -> None:
+    if run_dir.folder is not None:
+        pytest.skip("a filesystem has no requests that fail")
+    s3.fail(kind=kind, share=0.05, seed=3)
+    try:
+        result = sweep(counted, strategies=ALL, server={**counted["server"], "count": 3})
+    finally:
+        s3.fail()
+    assert [trial.error for trial in result.trials] == [None] * 14
+    assert len(scores(result)) == 34 + 14
+    assert set(computed()) == {"baseline", *ALL}
+    alone = sweep(counted, strategies=["p -> w -> p"], run_dir=f"{counted['run_dir']}-alone")
+    assert scores(alone).items() <= scores(result).items()

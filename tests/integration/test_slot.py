@@ -14,6 +14,7 @@ from bt_ray.hosting import FailureLatch
 from bt_ray.lm import ServedEngine, served_lm
 from bt_ray.local_models import LocalModels
 from bt_ray.slot import Slot
+from bt_ray.storage import open_storage
 from bt_ray.weights import Weights, base_weights
 
 
@@ -29,7 +30,7 @@ def base(config: SweepConfig) -> Weights:
 
 def slot_of(config: SweepConfig, tmp_path: Path, **env: str) -> Slot:
     server = config.server.model_copy(update={"env": {**config.server.env, **env}})
-    return Slot("slot", server, token="token", host="127.0.0.1", log_dir=tmp_path / "logs")
+    return Slot("slot", server, token="token", host="127.0.0.1", storage=open_storage(str(tmp_path)))
 
 
 class Call:
@@ -74,17 +75,16 @@ def test_stop_ends_what_waits_for_its_turn(
     busy: tuple[Slot, Call], config: SweepConfig, base: Weights, tmp_path: Path
 ) -> None:
     slot, starting = busy
-    output = tmp_path / "weights"
-    waiting = Call(slot.train, base, "ft", [{"messages": []}], config.train, seed=0, output_dir=output)
+    waiting = Call(slot.train, base, [{"messages": []}], config.train, seed=0)
     slot.stop()
     assert isinstance(starting.error(), ServerError)
     assert isinstance(waiting.error(), InfrastructureError)
-    assert not output.exists()
+    assert not (tmp_path / "weights").exists()
 
 
 def test_stop_ends_a_training(config: SweepConfig, base: Weights, tmp_path: Path) -> None:
     slot = slot_of(config, tmp_path, SCRIPTED_TRAIN_S="60")
-    training = Call(slot.train, base, "ft", [{"messages": []}], config.train, seed=0, output_dir=tmp_path / "weights")
+    training = Call(slot.train, base, [{"messages": []}], config.train, seed=0)
     wait_for("the training", lambda: slot.status().state == "training")
     slot.stop()
     assert isinstance(training.error(), TrainingError)
@@ -95,7 +95,7 @@ def test_a_proxy_is_never_asked(config: SweepConfig, base: Weights, tmp_path: Pa
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
-    models = LocalModels({base.id: base}, config.server, tmp_path / "logs")
+    models = LocalModels({base.id: base}, config.server, open_storage(str(tmp_path)))
     engine = ServedEngine(models, FailureLatch(), retries=0, timeout_s=20, max_connections=4)
     assert "wrong" in served_lm(base, engine, config.lm)("number 9")[0]
     models.kill(base.id)
@@ -105,7 +105,7 @@ def test_without_a_sweep_a_lost_server_is_an_ordinary_error_and_may_come_back(
     config: SweepConfig, base: Weights, tmp_path: Path
 ) -> None:
     server = config.server.model_copy(update={"env": {"SCRIPTED_START": "die"}})
-    models = LocalModels({base.id: base}, server, tmp_path / "logs")
+    models = LocalModels({base.id: base}, server, open_storage(str(tmp_path)))
     lm = served_lm(base, ServedEngine(models, None, retries=0, timeout_s=20, max_connections=4), config.lm)
     with pytest.raises(Exception, match="the engine found no memory"):
         lm("number 9")

@@ -8,7 +8,8 @@ from bt_ray.config import SweepConfig, override_train
 from bt_ray.hosting import Conversation, FailureLatch
 from bt_ray.lm import ServedEngine, ServedLM, served_lm
 from bt_ray.local_models import LocalModels
-from bt_ray.weights import Weights, base_weights, new_weights_id
+from bt_ray.storage import open_storage
+from bt_ray.weights import Weights, base_weights
 
 
 class SlotModels(LocalModels):
@@ -16,17 +17,14 @@ class SlotModels(LocalModels):
 
     def __init__(self, config: SweepConfig, work_dir: Path) -> None:
         self.base = base_weights(config.model, config.server.engine_options)
-        super().__init__({self.base.id: self.base}, config.server, work_dir / "logs")
+        super().__init__({self.base.id: self.base}, config.server, open_storage(str(work_dir)))
         self._config = config
         self.work_dir = work_dir
 
     def finetune(self, weights_id: str, conversations: Sequence[Conversation], train_kwargs: dict[str, Any]) -> Weights:
         parent = self._weights[weights_id]
         train = override_train(self._config.train, train_kwargs)
-        new_id = new_weights_id(parent)
-        trained = self._slot.train(
-            parent, new_id, conversations, train, seed=self._config.seed, output_dir=self.work_dir / "weights" / new_id
-        )
+        trained = self._slot.train(parent, conversations, train, seed=self._config.seed)
         self._endpoint = None
         self._weights[trained.id] = trained
         return trained

@@ -9,7 +9,7 @@ from bt_ray.fingerprint import StepKey, digest
 from bt_ray.kept_steps import KeptSteps
 from bt_ray.lm import ServedEngine
 from bt_ray.results import StepFailure
-from bt_ray.storage import Storage
+from bt_ray.storage import open_storage
 from bt_ray.store import StepStore
 from bt_ray.strategy import parent, prefixes
 
@@ -39,7 +39,7 @@ class OwnSteps(KeptSteps):
             prefix: StepKey(prefix, digest(prefix), digest(parent(prefix)), {}, trains=False)
             for prefix in ["", *prefixes(strategy)]
         }
-        store = StepStore(Storage(folder))
+        store = StepStore(open_storage(str(folder)))
         super().__init__(
             store, SoleClaims(), keys, program, engine, give_back=lambda: None, on_step=lambda step, loaded: None
         )

@@ -1,10 +1,11 @@
 """Tasks for scripted models: doubling numbers. See `scripted_server` for which questions a model answers right."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import dspy
-from dspy.teleprompt import BootstrapFinetune, LabeledFewShot
+from dspy.teleprompt import GEPA, BootstrapFinetune, LabeledFewShot
 from dspy.teleprompt.teleprompt import Teleprompter
 
 import bt_ray
@@ -74,7 +75,8 @@ def broken_metric() -> bt_ray.Task:
 
 
 def note(step: str) -> None:
-    with open(os.environ["COMPUTED_LOG"], "a") as log:
+    """Add a line to the file beside this one. Each test that counts has a copy of this file of its own."""
+    with Path(__file__).with_name("computed.txt").open("a") as log:
         log.write(f"{step}\n")
 
 
@@ -99,7 +101,7 @@ class CountedFinetune(BootstrapFinetune):  # type: ignore[misc]
 
 
 def counted() -> bt_ray.Task:
-    """Each run of an optimizer, and of the baseline's evaluation, is a line of `computed.txt` beside the run directory."""
+    """Each run of an optimizer, and of the baseline's evaluation, is noted."""
 
     def counting(example: Any, prediction: Any, trace: Any = None) -> bool:
         if example.question == "number 0" and dspy.settings.get("bt_ray_step") == "":
@@ -107,12 +109,29 @@ def counted() -> bt_ray.Task:
         return exact(example, prediction)
 
     def optimizers(ctx: bt_ray.StepContext) -> dict[str, Teleprompter]:
-        for folder in ctx.scratch_dir.parents:
-            if folder.name == "trials":
-                os.environ["COMPUTED_LOG"] = str(folder.parents[1] / "computed.txt")
         return {"p": Counted(ctx.prefix), "w": CountedFinetune(ctx.prefix)}
 
     return double(metric=counting, testset=None, optimizers=optimizers)
+
+
+def reflected() -> bt_ray.Task:
+    """GEPA with a budget of 80 calls of its metric, each of which is noted. Its process dies once, at the 50th."""
+    noted = Path(__file__).with_name("computed.txt")
+
+    def dying(example: Any, prediction: Any, trace: Any = None, *of_gepa: Any) -> bool:
+        note("metric")
+        if len(noted.read_text().splitlines()) == 50:
+            os._exit(1)
+        return exact(example, prediction)
+
+    def propose(candidate: dict[str, str], reflective_dataset: Any, components_to_update: list[str]) -> dict[str, str]:
+        return {name: f"{candidate[name]} Be quick." for name in components_to_update}
+
+    def optimizers(ctx: bt_ray.StepContext) -> dict[str, Teleprompter]:
+        settings = {"max_metric_calls": 80, "num_threads": 1, "seed": 0, "reflection_minibatch_size": 3}
+        return {"g": GEPA(metric=dying, instruction_proposer=propose, log_dir=str(ctx.scratch_dir), **settings)}
+
+    return double(optimizers=optimizers, optimizer_compile_args={}, testset=None)
 
 
 def judged() -> bt_ray.Task:

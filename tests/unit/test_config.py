@@ -31,7 +31,7 @@ def write(tmp_path: Path, text: str) -> Path:
         ({"train": {"method": "qlora"}}, "train.method: Input should be 'lora' or 'full' (it is 'qlora')."),
         ({"valset_ratio": 1}, "valset_ratio: Input should be less than 1 (it is 1)."),
         ({"strategies": []}, "strategies: Tuple should have at least 1 item"),
-        ({"run_dir": "s3://bucket/run"}, "object stores are not supported yet"),
+        ({"run_dir": "ftp://host/run"}, "run_dir: ftp:// is not supported: give a path, or a URI"),
         ({"train": {"scheduler": "linaer"}}, "train.scheduler: Input should be 'linear', 'cosine'"),
         ({"num_threads": 0}, "num_threads: Input should be greater than or equal to 1"),
     ],

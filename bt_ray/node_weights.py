@@ -1,0 +1,119 @@
+"""The weights of a run directory as one node uses them: each is copied to the node's own disk once, or loaded in place.
+
+Copies lie in a folder that all slots of a node share, under the weights' ids, which are never used for two contents. What
+is in use is locked; what is not makes room, the least recently used first, when the disk fills up.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from bt_ray.errors import StorageError
+from bt_ray.node_disk import CACHE_VARIABLE, node_cache
+from bt_ray.storage import Storage
+from bt_ray.weights import MANIFEST, WEIGHTS, Weights
+
+RESERVE = 0.05
+"""Share of the disk that copies leave free."""
+
+
+class NodeWeights:
+    """What a node loads weights from.
+
+    Args:
+        storage: The run directory.
+        scratch: Where a training leaves weights that are not in the run directory yet.
+        cache: The folder for copies, on the same disk; default `node_cache()`.
+    """
+
+    def __init__(self, storage: Storage, scratch: Path, cache: Path | None = None) -> None:
+        self._storage = storage
+        self._scratch = scratch
+        self._copies = (cache or node_cache()) / WEIGHTS
+
+    @contextmanager
+    def loadable(self, weights: Weights) -> Iterator[Weights]:
+        """The weights with a path that can be loaded on this node as long as the context lasts.
+
+        Raises:
+            StorageError: They cannot be had.
+        """
+        if weights.parent is None:
+            yield weights
+        elif self._storage.in_place and self._storage.folder is not None:
+            folder = self._storage.folder / weights.path
+            if not (folder / MANIFEST).is_file():
+                raise self._gone(weights)
+            yield replace(weights, path=str(folder))
+        else:
+            with self._copy(weights) as folder:
+                yield replace(weights, path=str(folder))
+
+    def folder_for(self, weights_id: str) -> Path:
+        """Where a training on this node leaves new weights."""
+        if self._storage.in_place and self._storage.folder is not None:
+            return self._storage.folder / WEIGHTS / weights_id
+        return self._scratch / WEIGHTS / weights_id
+
+    def keep(self, weights_id: str) -> None:
+        """Let what a training left in `folder_for` count, for all nodes. This one has its copy already."""
+        if self._storage.in_place:
+            return
+        folder = self.folder_for(weights_id)
+        self._storage.upload(folder, f"{WEIGHTS}/{weights_id}", last=MANIFEST)
+        self._copies.mkdir(parents=True, exist_ok=True)
+        folder.rename(self._copies / weights_id)
+
+    def discard(self, weights_id: str) -> None:
+        """Remove what a training left that did not end well."""
+        shutil.rmtree(self.folder_for(weights_id), ignore_errors=True)
+
+    @contextmanager
+    def _copy(self, weights: Weights) -> Iterator[Path]:
+        folder = self._copies / weights.id
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_name(f".{weights.id}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            while not (folder / MANIFEST).is_file():
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not (folder / MANIFEST).is_file():
+                    self._make_room(self._storage.size(weights.path))
+                    self._storage.download(weights.path, folder)
+                    if not (folder / MANIFEST).is_file():
+                        raise self._gone(weights)
+                fcntl.flock(lock, fcntl.LOCK_SH)  # for a moment it is nobody's, so the loop looks again
+            os.utime(folder)
+            yield folder
+
+    def _gone(self, weights: Weights) -> StorageError:
+        return StorageError(f"The weights {weights.path} in {self._storage.location} are gone.")
+
+    def _make_room(self, size: int) -> None:
+        """Remove copies that nobody uses until `size` bytes fit.
+
+        Raises:
+            StorageError: They do not, whatever is removed.
+        """
+        copies = self._copies
+        disk = shutil.disk_usage(copies)
+        wanted = size + RESERVE * disk.total
+        unused = sorted((f for f in copies.iterdir() if not f.name.startswith(".")), key=lambda f: f.stat().st_mtime)
+        for folder in unused:
+            if shutil.disk_usage(copies).free >= wanted:
+                return
+            with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                (folder / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)
+        if shutil.disk_usage(copies).free < size:
+            raise StorageError(
+                f"{copies} has {shutil.disk_usage(copies).free / 1e9:.1f} GB free, the weights need {size / 1e9:.1f} GB. "
+                f"Free some space, or name a folder on another disk in {CACHE_VARIABLE}."
+            )
