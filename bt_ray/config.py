@@ -51,6 +51,13 @@ class ServerConfig(BaseModel):
     """Seconds that a server may take until it is healthy."""
     request_timeout_s: float = Field(600, gt=0)
     """Seconds that one request may take."""
+    drain_timeout_s: float = Field(120, gt=0)
+    """Seconds that requests under way may still take when a server goes to other weights; then they end with an error."""
+    stall_timeout_s: float = Field(60, gt=0)
+    """Seconds without an answer, while requests are under way, after which a server is asked for a single token."""
+    while_training: Literal["auto", "keep", "stop", "sleep"] = "auto"
+    """What the slot's server does during a training: `keep` its memory, `stop`, or `sleep` (experimental, GPU). `auto`:
+    keep it on CPU, stop it on GPU."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables for vLLM and for training."""
     command: tuple[str, ...] | None = None
@@ -82,6 +89,12 @@ class ServerConfig(BaseModel):
     @property
     def compute_threads(self) -> int:
         return self.threads or max(1, int(self.cpus))
+
+    @property
+    def server_while_training(self) -> Literal["keep", "stop", "sleep"]:
+        if self.while_training == "auto":
+            return "stop" if self.gpus else "keep"
+        return self.while_training
 
 
 ENGINE_OPTIONS_OF_BT_RAY = {

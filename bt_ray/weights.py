@@ -16,6 +16,8 @@ from typing import Any
 from bt_ray.errors import ConfigError
 
 WEIGHTS, MANIFEST = "weights", "bt_ray_weights.json"
+FINE_TUNE = "-ft-"
+"""Stands in a fine-tune's id between its base's and its own."""
 SAMPLES_PER_FILE = 64
 SAMPLE_BYTES = 64 * 1024
 
@@ -36,6 +38,11 @@ class Weights:
     path: str
     parent: str | None = None
     revision: str | None = None
+
+    @property
+    def base(self) -> str:
+        """The id of the base model that they come from: equal bases, equal architectures."""
+        return self.id.partition(FINE_TUNE)[0]
 
     def to_json(self) -> dict[str, str | None]:
         return asdict(self)
@@ -92,8 +99,7 @@ def _options_text(engine_options: Mapping[str, Any]) -> bytes:
 
 def new_weights_id(parent: Weights) -> str:
     """A fresh id for a fine-tune of `parent`: its base's name and 12 random hex digits."""
-    base = parent.id.split("-ft-")[0]
-    return f"{base}-ft-{secrets.token_hex(6)}"
+    return f"{parent.base}{FINE_TUNE}{secrets.token_hex(6)}"
 
 
 def fine_tuned(manifest: Mapping[str, Any]) -> Weights:
