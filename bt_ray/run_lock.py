@@ -1,13 +1,15 @@
 """One driver at a time holds a run directory.
 
 On a filesystem that is a lock of the operating system's, which ends with its holder. An object store has none: there the
-holder writes its name every few seconds, and who finds a name that no longer changes takes over. Should two drivers hold one
-all the same, they lose time and nothing else: the store's fencing numbers decide which step counts.
+holder writes its name every few seconds, and who finds a name that no longer changes takes over; at once, if the holder ran
+on this machine and is seen to be gone. Should two drivers hold one all the same, they lose time and nothing else: the
+store's fencing numbers decide which step counts.
 """
 
 import contextlib
 import fcntl
 import itertools
+import os
 import secrets
 import signal
 import threading
@@ -80,7 +82,7 @@ def _drivers_before(storage: Storage, tell: Callable[[str], None]) -> int:
     found = storage.read_json(LOCK)
     if found is None:
         return 0
-    if found["held"]:
+    if found["held"] and not _is_gone(found.get("process")):
         tell(f"Waiting up to {DEAD_AFTER_S:.0f} s, to see whether another driver holds the run directory")
         deadline = time.monotonic() + DEAD_AFTER_S
         while time.monotonic() < deadline:
@@ -100,6 +102,7 @@ class _Beats:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hold-run-directory", daemon=True)
         self.taken_over = False
+        self._process = this_process()
         self._write(beat=0)
 
     def start(self) -> None:
@@ -117,7 +120,8 @@ class _Beats:
                 self._write(beat=-1, held=False)
 
     def _write(self, beat: int, held: bool = True) -> None:
-        self._storage.write_json(LOCK, {"held": held, "name": self._name, "drivers": self._drivers, "beat": beat})
+        holder = {"name": self._name, "process": self._process, "drivers": self._drivers}
+        self._storage.write_json(LOCK, {"held": held, "beat": beat, **holder})
 
     def _run(self) -> None:
         for beat in itertools.count(1):
@@ -129,6 +133,38 @@ class _Beats:
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                     return
                 self._write(beat)
+
+
+def this_process() -> dict[str, str | int]:
+    """What tells this process from any other, on any machine: where process ids mean the same, its own, and its start."""
+    return {"where": _process_ids_here(), "pid": os.getpid(), "started": _started(os.getpid()) or 0}
+
+
+def _is_gone(process: dict[str, str | int] | None) -> bool:
+    """Whether a process of this machine is seen to have ended. Of another machine's nothing is seen."""
+    if process is None or not process["where"] or process["where"] != _process_ids_here():
+        return False
+    return _started(int(process["pid"])) != process["started"]
+
+
+def _process_ids_here() -> str:
+    """Names this boot of this machine, and the namespace of its process ids: containers share the one, not the other.
+
+    Empty where the operating system does not say.
+    """
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, in clock ticks since the machine did; None if it is gone, or a zombie."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else int(fields[18])
 
 
 def _is_held(location: str) -> ConfigError:

@@ -15,20 +15,24 @@ from typing import Any
 import psutil
 import pytest
 from conftest import SUPPORT
+from support import tasks
 from support.cluster import Cluster
 from support.object_store import ObjectStore
 from support.processes import wait_for
+from support.reference import reference_run
+from support.slot_models import SlotModels
 from support.sweep_files import toml
 
+from bt_ray.config import make_config
+from bt_ray.lm import assign_lm
 from bt_ray.results import SweepResult
 from bt_ray.storage import Storage, open_storage
 
 pytestmark = pytest.mark.long
 ALL = [" -> ".join(keys) for length in (1, 2, 3) for keys in itertools.product("pw", repeat=length)]
 TRIALS = ("ray::run_trial", "ray::ImplicitFunc")
-PAIRS = [("commit", "training")] * 3 + [("training", "commit")] * 3 + [("any", "any")] * 4
-"""For each seed, where the two kills of one sweep fall: of 20, 6 inside a commit and 6 inside a training."""
-TRIPLES = [("commit", "training", "any")] * 5 + [("training", "commit", "any")] * 2
+MOMENTS = [("commit", "training", "any", "any"), ("training", "commit", "any", "any")] * 2 + [("commit", "training") * 2]
+"""For each seed, where the four kills of one sweep fall: of 20, 6 inside a commit and 6 inside a training."""
 Seen = dict[tuple[str, str], tuple[float | None, Any]]
 
 
@@ -92,9 +96,16 @@ def uncommitted(run_dir: Storage) -> set[str]:
     return found
 
 
-def await_moment(sweep: Sweep, chance: random.Random, phase: str) -> list[psutil.Process]:
+def moments(seed: int) -> Iterator[tuple[str, int, random.Random]]:
+    """The kills of one sweep: where each falls, after how many commits, and what else is left to chance."""
+    chance = random.Random(seed)
+    after = sorted(chance.sample(range(12), 4))
+    yield from ((phase, commits, chance) for phase, commits in zip(MOMENTS[seed], after, strict=True))
+
+
+def await_moment(sweep: Sweep, phase: str, commits: int, chance: random.Random) -> list[psutil.Process]:
     """Return at a moment of the sweep. What is returned was stopped for it, and is to be let go after the kill."""
-    sweep.await_commits(len(sweep.committed()) + chance.randrange(4))
+    sweep.await_commits(commits)
     if phase == "commit":
         return await_commit(sweep)
     if phase == "training":
@@ -113,15 +124,16 @@ def await_commit(sweep: Sweep) -> list[psutil.Process]:
     """
     (claims,) = wait_for("the claims", lambda: sweep.processes("ray::StepClaims"))
     for _ in range(20):
-        claims.suspend()
-        until = time.monotonic() + 3
+        begun = sweep.computed().total()
+        wait_for("a step", lambda began=begun: sweep.computed().total() > began or sweep.driver.poll() is not None)
+        claims.suspend()  # what has begun is computed all the same, and then waits for its commit
+        until = time.monotonic() + 5
         while time.monotonic() < until:
             if uncommitted(sweep.run_dir):
                 time.sleep(0.3)
                 if uncommitted(sweep.run_dir):
                     return [claims]
-        claims.resume()  # all trials were waiting for the claims: none of them can get to a commit
-        time.sleep(0.1)
+        claims.resume()  # it had been committed before the claims were stopped
     raise AssertionError("no commit came")
 
 
@@ -164,12 +176,6 @@ def scripted(model: Path) -> dict[str, Any]:
     }
 
 
-def on_each_storage(kills: list[tuple[str, ...]], in_s3: set[int]) -> list[Any]:
-    """Parameters of a test: all seeds on a filesystem, some of them in an object store too."""
-    cases = [("filesystem", seed, phases) for seed, phases in enumerate(kills)]
-    return cases + [("s3", seed, phases) for seed, phases in enumerate(kills) if seed in in_s3]
-
-
 @pytest.fixture
 def sweep(storage_kind: str, cluster: Cluster, model: Path, tmp_path: Path) -> Iterator[Sweep]:
     run_dir = f"s3://bucket/{tmp_path.name}" if storage_kind == "s3" else str(tmp_path / "run")
@@ -180,13 +186,29 @@ def sweep(storage_kind: str, cluster: Cluster, model: Path, tmp_path: Path) -> I
     made.await_quiet()
 
 
-@pytest.mark.parametrize(("storage_kind", "seed", "phases"), on_each_storage(PAIRS, {0, 3}))
-def test_a_killed_driver_costs_no_committed_step(
-    sweep: Sweep, undisturbed: Seen, seed: int, phases: tuple[str, ...]
-) -> None:
-    chance = random.Random(seed)
-    for phase in phases:
-        stopped = await_moment(sweep, chance, phase)
+def test_each_strategy_gives_what_dspy_gives_for_it_alone(undisturbed: Seen, model: Path, tmp_path: Path) -> None:
+    models = SlotModels(make_config({**scripted(model), "task": "unused:unused", "strategies": ALL}), tmp_path)
+    for strategy in ALL:
+        task, lm = tasks.double(testset=None), models.lm()
+        assign_lm(task.program, lm)
+        program = reference_run(task, lm, 0, strategy=strategy, num_threads=4)
+        alone = {
+            (strategy, found["strategy"]): (found["score"], [demo.toDict() for demo in found["program"].demos])
+            for found in program.candidate_programs
+        }
+        assert alone == {named: seen for named, seen in undisturbed.items() if named[0] == strategy}
+    models.kill("")
+
+
+each_storage = pytest.mark.parametrize("storage_kind", ["filesystem", "s3"])
+each_seed = pytest.mark.parametrize("seed", range(len(MOMENTS)))
+
+
+@each_storage
+@each_seed
+def test_a_killed_driver_costs_no_committed_step(sweep: Sweep, undisturbed: Seen, seed: int) -> None:
+    for phase, commits, chance in moments(seed):
+        stopped = await_moment(sweep, phase, commits, chance)
         sweep.driver.send_signal(signal.SIGKILL)
         sweep.driver.wait()
         for process in stopped:
@@ -203,11 +225,11 @@ def test_a_killed_driver_costs_no_committed_step(
     sweep.await_quiet()
 
 
-@pytest.mark.parametrize(("storage_kind", "seed", "phases"), on_each_storage(TRIPLES, {5}))
-def test_killed_trials_cost_no_committed_step(sweep: Sweep, undisturbed: Seen, seed: int, phases: tuple[str, ...]) -> None:
-    chance = random.Random(seed)
-    for phase in phases:
-        stopped = await_moment(sweep, chance, phase)
+@each_storage
+@each_seed
+def test_killed_trials_cost_no_committed_step(sweep: Sweep, undisturbed: Seen, seed: int) -> None:
+    for phase, commits, chance in moments(seed):
+        stopped = await_moment(sweep, phase, commits, chance)
         committed, computed = sweep.committed(), sweep.computed()
         trials = sweep.processes(*TRIALS)
         for process in trials if phase == "commit" else chance.sample(trials, min(2, len(trials))):

@@ -12,34 +12,16 @@ from typing import Any
 import dspy
 import pytest
 from support import tasks
+from support.reference import reference_run
 from support.slot_models import SlotModels
 from support.sole_claims import OwnSteps
 
 from bt_ray.better_together import StepOutcome, SweepBetterTogether
 from bt_ray.config import make_config
 from bt_ray.lm import ServedLM, assign_lm
-from bt_ray.task import StepContext, Task, step_seed
+from bt_ray.task import StepContext, Task
 
 SEED = 3
-
-
-class Reference(dspy.BetterTogether):  # type: ignore[misc]
-    """`dspy.BetterTogether` whose optimizers are built anew for each step, in the context of the student's LM."""
-
-    def __init__(self, task: Task, lm: dspy.LM) -> None:
-        self.task = task
-        with dspy.context(lm=lm):
-            super().__init__(metric=task.metric, **self.built("", lm))
-
-    def built(self, prefix: str, lm: dspy.LM) -> Any:
-        assert self.task.optimizers is not None
-        return self.task.optimizers(StepContext(prefix, step_seed(SEED, prefix), Path("unused"), lm))
-
-    def _run_and_evaluate_step(self, optimizer: Any, student: Any, *args: Any) -> Any:
-        prefix = args[5]
-        lm = student.predictors()[0].lm
-        with dspy.context(lm=lm):
-            return super()._run_and_evaluate_step(self.built(prefix, lm)[prefix.split(" -> ")[-1]], student, *args)
 
 
 @dataclass
@@ -99,16 +81,7 @@ def walk(settings: dict[str, Any], tmp_path: Path, request_log: Any) -> Iterator
 
 
 def by_dspy(task: Task, lm: ServedLM, arguments: dict[str, Any]) -> tuple[dspy.Module, list[StepOutcome]]:
-    optimizer = Reference(task, lm)
-    program = optimizer.compile(
-        task.program,
-        trainset=list(task.trainset),
-        valset=list(task.valset) if task.valset else None,
-        seed=SEED,
-        num_threads=1,
-        optimizer_compile_args={key: dict(value) for key, value in task.optimizer_compile_args.items()},
-        **arguments,
-    )
+    program = reference_run(task, lm, SEED, num_threads=1, **arguments)
     return program, []
 
 

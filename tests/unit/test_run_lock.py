@@ -43,14 +43,21 @@ def test_a_second_driver_is_refused(storage: Storage) -> None:
         assert drivers == 2
 
 
-def test_one_that_was_killed_holds_it_no_longer(storage: Storage) -> None:
+@pytest.mark.parametrize("where", ["this machine", "another"])
+def test_one_that_was_killed_holds_it_no_longer(storage: Storage, where: str) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLD, storage.location], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     holder.kill()
     holder.wait()
-    with held(storage) as drivers:
+    if where == "another" and storage.folder is None:
+        found = storage.read_json(LOCK)
+        storage.write_json(LOCK, {**found, "process": {**found["process"], "where": "another boot, another machine"}})
+    told: list[str] = []
+    with held(storage, told.append) as drivers:
         assert drivers == 2
+    waited = where == "another" and storage.folder is None
+    assert bool(told) == waited, "only another machine's holder may be alive without writing"
 
 
 def test_a_driver_that_was_taken_over_stops(storage: Storage) -> None:
