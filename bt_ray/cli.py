@@ -89,10 +89,13 @@ def check(
         console.print("strategies " + ", ".join(f'"{name}"' for name in config.strategies), markup=False)
         for warning in _resource_warnings(config, address):
             console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
-        if checked.models_at_once > config.servers_per_trial:
+        needed = checked.models_at_once
+        console.print(f"servers    {config.server.count} at most; the sweep needs {needed} at a time")
+        if needed > config.server.count:
             console.print(
-                f"warning: the program asks {checked.models_at_once} models, and a trial has "
-                f"{config.servers_per_trial} server: it is relaunched at each change of model.",
+                f"warning: the program asks {needed} models at a time, and there "
+                f"{'is one server' if config.server.count == 1 else f'are {config.server.count} servers'}: it goes from one "
+                "model to another in between.",
                 style="yellow",
             )
         console.print("All good.", style="green")
@@ -128,7 +131,7 @@ def plan(
         evaluated = checked.examples[1]
         planned = make_plan(config.strategies, checked.keys, finished, evaluated * len(checked.task.program.predictors()))
         console.print(step_tree(list(planned.steps), finished, set(planned.trainings)), soft_wrap=True)
-        for line in plan_lines(planned, evaluated):
+        for line in plan_lines(planned, evaluated, config.server.gpus):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

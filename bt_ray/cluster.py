@@ -1,18 +1,24 @@
-"""The sweep's side of the Ray cluster: connect to it, place the model servers, watch them."""
+"""The sweep's side of the Ray cluster: connect to it, open the pool of model servers, watch it."""
 
+import contextlib
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from bt_ray.config import SweepConfig
 from bt_ray.errors import ResourcesError
+from bt_ray.event_log import EventLog
 from bt_ray.events import Event, ServerChanged, Stage
 from bt_ray.preflight import check_resources, inside_job
+from bt_ray.storage import Storage
 
 Listener = Callable[[Event], None]
+PLACING_NEWS_S = 15.0
+"""Seconds between two lines about servers that wait for room."""
 
 DRIVER_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a task's relative paths mean the same in every process
@@ -56,88 +62,107 @@ def connected(address: str | None, tell: Listener) -> Iterator[bool]:
 
 
 @contextmanager
-def placed_servers(config: SweepConfig, run_dir: str, own: bool, tell: Listener) -> Iterator[tuple[Any, Sequence[Any]]]:
-    """The sweep's model servers and their pool, all placed before the first trial wants one.
+def opened_pool(config: SweepConfig, run_dir: str, needed: int, own: bool, tell: Listener) -> Iterator[Any]:
+    """The pool of model servers, with those placed that the sweep needs at least, before the first trial wants one.
 
-    They listen on their node's address only where another node may need them.
+    On a cluster that adds nodes by itself the pool grows on demand, from `needed` up to `server.count`; on any other all
+    servers are placed at once. They listen on their node's address only where another node may need them.
 
     Raises:
         ResourcesError: The cluster can never hold them.
     """
     import ray
 
-    from bt_ray.actors.model_server import ModelServer
-    from bt_ray.actors.server_pool import ServerPool
+    from bt_ray.actors.server_pool import ServerPool, ServerSettings
+    from bt_ray.placement import Policy
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for warning in check_resources(config, nodes):
         tell(Stage(warning))
-    token, slot = secrets.token_urlsafe(32), config.server
+    server = config.server
     across_nodes = not own and (len(nodes) > 1 or config.autoscaling)
-    tell(Stage(f"Placing {slot.count} model server{'s' if slot.count > 1 else ''}"))
-    servers = [
-        ModelServer.options(num_cpus=slot.cpus, num_gpus=slot.gpus).remote(  # type: ignore[attr-defined]
-            f"server-{index}", slot, token, across_nodes, run_dir
-        )
-        for index in range(slot.count)
-    ]
+    minimum = min(needed, server.count)
+    initial = minimum if config.autoscaling else server.count
+    tell(Stage(f"Placing {initial} model server{'s' if initial > 1 else ''}"))
+    pool = ServerPool.remote(  # type: ignore[attr-defined]
+        ServerSettings(server, secrets.token_urlsafe(32), across_nodes, run_dir),
+        Policy(
+            limit=server.count,
+            minimum=minimum,
+            turn_s=server.turn_s,
+            idle_timeout_s=server.idle_timeout_s,
+            stays_up=server.server_while_training != "stop",
+        ),
+        initial,
+    )
     try:
-        _await_placement(servers, tell)
-        pool = ServerPool.remote(servers)  # type: ignore[attr-defined]
-        yield pool, servers
+        _await_placement(pool, initial, tell)
+        yield pool
     finally:
-        _stop(servers)
+        _close(pool)
 
 
-def _await_placement(servers: Sequence[Any], tell: Listener) -> None:
+def _await_placement(pool: Any, count: int, tell: Listener) -> None:
     import ray
 
-    waiting = [server.__ray_ready__.remote() for server in servers]
-    while waiting:
-        ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=15)
-        try:
-            ray.get(ready)
-        except ray.exceptions.RayError as error:
-            raise ResourcesError(f"A model server's actor cannot be started: {cause_of(error)}") from error
-        if waiting:
+    told = time.monotonic()
+    while True:
+        placed, _, not_created = ray.get(pool.placed.remote())
+        if not_created:
+            raise ResourcesError(f"A model server's actor cannot be started: {not_created[-1]}")
+        if placed >= count:
+            return
+        if time.monotonic() - told > PLACING_NEWS_S:
+            told = time.monotonic()
             free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
-            tell(Stage(f"Waiting for room for {len(waiting)} of {len(servers)} servers; free now: {free}"))
+            tell(Stage(f"Waiting for room for {count - placed} of {count} servers; free now: {free}"))
+        time.sleep(0.1)  # Ray tells nobody when an actor is placed but who waits for a call of it
 
 
-def _stop(servers: Sequence[Any]) -> None:
+def _close(pool: Any) -> None:
     """End the servers' processes and actors. The processes would end with the actors anyway."""
     import ray
 
     try:
-        ray.wait([server.close.remote() for server in servers], num_returns=len(servers), timeout=15)
-        for server in servers:
-            ray.kill(server)
+        ray.wait([pool.close.remote()], timeout=30)
+        ray.kill(pool)
     except Exception:  # the connection may be gone already, and with it the actors
         return
 
 
 @contextmanager
-def watched(pool: Any, servers: Sequence[Any], tell: Listener) -> Iterator[None]:
-    """Tell what the servers do, once a second where it changed."""
+def watched(pool: Any, storage: Storage, tell: Listener) -> Iterator[None]:
+    """Tell what the servers do, once a second where it changed, and keep the pool's events in `events.jsonl`."""
     import ray
 
     ended = threading.Event()
+    log = EventLog(storage)
+    told: dict[int, ServerChanged] = {}
+    session, after = "", 0
+
+    def look() -> None:
+        nonlocal session, after
+        session, events = ray.get(pool.events.remote(session, after), timeout=10)
+        log.add([event for _, event in events])
+        after = events[-1][0] if events else after
+        views = ray.get(pool.status.remote(), timeout=15)
+        seen = {v.server: ServerChanged(v.server, v.state, v.weights_id, ", ".join(v.holders), v.detail) for v in views}
+        for number in told.keys() - seen.keys():
+            if told[number].state != "gone":
+                seen[number] = ServerChanged(number, "gone", None, None, "")
+        for number, change in seen.items():
+            if told.get(number) != change:
+                told[number] = change
+                tell(change)
 
     def watch() -> None:
-        told: dict[int, ServerChanged] = {}
         while not ended.wait(1.0):
             try:
-                holders = ray.get(pool.status.remote(), timeout=10)
-                statuses = ray.get([server.status.remote() for server in servers], timeout=10)
+                look()
             except ray.exceptions.RayError:
-                continue  # a server is being restarted; the next look tells
+                continue  # the pool is being started again; the next look tells
             except Exception:
                 return  # the connection is closed
-            for index, (holder, status) in enumerate(zip(holders, statuses, strict=True)):
-                seen = ServerChanged(index, status.state, status.weights_id, holder, status.detail)
-                if told.get(index) != seen:
-                    told[index] = seen
-                    tell(seen)
 
     thread = threading.Thread(target=watch, name="watch-servers", daemon=True)
     thread.start()
@@ -146,6 +171,9 @@ def watched(pool: Any, servers: Sequence[Any], tell: Listener) -> Iterator[None]
     finally:
         ended.set()
         thread.join(timeout=15)
+        with contextlib.suppress(Exception):  # the connection may be closed
+            look()
+        log.close()
 
 
 def cause_of(error: Exception) -> str:

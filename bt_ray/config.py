@@ -40,7 +40,7 @@ class ServerConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     count: int = Field(1, ge=1)
-    """Model servers (slots) of the sweep."""
+    """Model servers (slots) of the sweep, at most."""
     gpus: float = Field(0, ge=0)
     """GPUs of each slot: 0 for CPU, a fraction to share one (such a slot cannot train), else the tensor parallel size."""
     cpus: float = Field(1, gt=0)
@@ -51,6 +51,10 @@ class ServerConfig(BaseModel):
     """Seconds that a server may take until it is healthy."""
     request_timeout_s: float = Field(600, gt=0)
     """Seconds that one request may take."""
+    turn_s: float = Field(60, gt=0)
+    """Seconds that a server stays with those who share it while others wait for it."""
+    idle_timeout_s: float = Field(300, gt=0)
+    """Seconds after which a server that nobody uses is given back to the cluster. Those that a sweep needs at least stay."""
     drain_timeout_s: float = Field(120, gt=0)
     """Seconds that requests under way may still take when a server goes to other weights; then they end with an error."""
     stall_timeout_s: float = Field(60, gt=0)
@@ -164,7 +168,7 @@ class TrialConfig(Section):
     """Whether a step that is repeated finds what its optimizer left in `ctx.scratch_dir`: `GEPA(log_dir=...)` then goes on
     in its middle. GEPA keeps its state as a pickle, and whoever can write to the run directory can put code there that the
     sweep runs."""
-    request_retries: int = Field(3, ge=0)
+    request_retries: int = Field(5, ge=0)
     """How often one request is repeated after its server was lost and is back."""
 
 
@@ -216,11 +220,6 @@ class SweepConfig(Section):
     def concurrent_trials(self) -> int:
         """Trials at a time. More than servers, because one that waits for a step of another's holds none."""
         return min(self.trial.max_concurrent or 2 * self.server.count, len(self.strategies))
-
-    @property
-    def servers_per_trial(self) -> int:
-        """Servers that a trial may hold at a time. Above 1 only where each trial can have as many at once."""
-        return max(1, self.server.count // self.concurrent_trials)
 
 
 def load_config(

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bt_ray.best import keep_best
-from bt_ray.cluster import Listener, cause_of, connected, placed_servers, watched
+from bt_ray.cluster import Listener, cause_of, connected, opened_pool, watched
 from bt_ray.config import SweepConfig, make_config, with_absolute_paths
-from bt_ray.errors import BtRayError, ConfigError, InfrastructureError
+from bt_ray.errors import BtRayError, ConfigError, InfrastructureError, StorageError
 from bt_ray.events import Stage, StepFinished, TrialEnded, TrialLost, TrialStarted
 from bt_ray.fingerprint import digest
 from bt_ray.node_disk import Scratch
@@ -103,10 +103,13 @@ class _Sweep:
             if result.test_score is not None or not self.checked.task.testset:
                 self.keep(result)
                 return result
-        with connected(address, self.tell) as own, placed_servers(self.config, self.run_dir, own, self.tell) as placed:
-            pool, servers = placed
-            setup = self.setup(pool, servers, {finished[prefix].key for prefix in finished}, first_fence)
-            with watched(pool, servers, self.tell):
+        needed = self.checked.models_at_once
+        with (
+            connected(address, self.tell) as own,
+            opened_pool(self.config, self.run_dir, needed, own, self.tell) as pool,
+        ):
+            setup = self.setup(pool, {finished[prefix].key for prefix in finished}, first_fence)
+            with watched(pool, self.store.storage, self.tell):
                 errors = _run_trials(setup, finished, self.tell) if len(finished) < len(keys) else {}
                 result = self.with_known_test(self.gathered(errors))
                 self.keep(result)
@@ -116,13 +119,13 @@ class _Sweep:
                     self.keep(result)
         return result
 
-    def setup(self, pool: Any, servers: Sequence[Any], committed: set[str], first_fence: int) -> "TrialSetup":
+    def setup(self, pool: Any, committed: set[str], first_fence: int) -> "TrialSetup":
         from bt_ray.actors.step_claims import StepClaims
         from bt_ray.trial import TrialSetup
 
         claims = StepClaims.remote(committed, first_fence)  # type: ignore[attr-defined]
         task = portable_task(self.config.task)
-        return TrialSetup(self.config, task, self.run_dir, self.checked.base, self.checked.keys, pool, servers, claims)
+        return TrialSetup(self.config, task, self.run_dir, self.checked.base, self.checked.keys, pool, claims)
 
     def finished(self) -> dict[str, FinishedStep]:
         """The finished steps of the sweep's strategies, by prefix."""
@@ -213,25 +216,27 @@ def _run_trials(setup: "TrialSetup", finished: Mapping[str, FinishedStep], tell:
     trainable = tune.with_resources(tune.with_parameters(run_trial, setup=setup), {"CPU": config.trial.cpus})
     errors: dict[str, Exception] = {}
     with Scratch("tune") as own_files:  # nobody reads them: the steps are on the store
-        tuner = Tuner(
-            trainable,
-            param_space={"strategy": tune.grid_search(strategies)},
-            # Each trial gets a fresh process: a task may call `dspy.configure`, which one thread of a process may.
-            tune_config=TuneConfig(max_concurrent_trials=config.concurrent_trials, reuse_actors=False),
-            run_config=RunConfig(
-                name="tune",
-                storage_path=str(own_files.folder),
-                verbose=0,
-                failure_config=FailureConfig(max_failures=config.trial.max_failures),
-                callbacks=[_tune_callback(tell)],
-            ),
-        )
         try:
+            tuner = Tuner(
+                trainable,
+                param_space={"strategy": tune.grid_search(strategies)},
+                # Each trial gets a fresh process: a task may call `dspy.configure`, which one thread of a process may.
+                tune_config=TuneConfig(max_concurrent_trials=config.concurrent_trials, reuse_actors=False),
+                run_config=RunConfig(
+                    name="tune",
+                    storage_path=str(own_files.folder),
+                    verbose=0,
+                    failure_config=FailureConfig(max_failures=config.trial.max_failures),
+                    callbacks=[_tune_callback(tell)],
+                ),
+            )
             for outcome in tuner.fit():
                 if outcome.error is not None and outcome.config is not None:
                     errors[outcome.config["strategy"]] = outcome.error
         except (TuneError, ray.exceptions.RayError) as error:  # the trials kept what they found
             errors = dict.fromkeys(config.strategies, error)
+        except OSError as error:
+            raise StorageError(f"{own_files.folder} on this machine cannot be written: {error}") from error
     return errors
 
 

@@ -1,6 +1,7 @@
-"""What happens during a sweep, as frozen records. The driver makes them; whoever shows progress reads them."""
+"""What happens during a sweep, as frozen records. Progress shows some of them, and `events.jsonl` keeps the others."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,67 @@ class TrialEnded:
 
 @dataclass(frozen=True)
 class ServerChanged:
-    """A model server does something else now, or got further with a training."""
+    """A model server does something else now, or got further with a training. State `"gone"`: it was released, or died."""
 
     server: int
     state: str
     weights_id: str | None
     holder: str | None
     detail: str
+
+
+@dataclass(frozen=True)
+class ServerDid:
+    """A model server's state changed.
+
+    Attributes:
+        at: Unix time in seconds.
+        server: Its number.
+        state: `"placing"` (it waits for room on the cluster), `"idle"`, `"serving, start"`, `"serving, swap"`,
+            `"serving, reopened"`, `"serving, kept"`, `"training"`, `"lost"`, `"failed"`, `"released"` or `"dead"`.
+        weights_id: Of the weights that it serves, or trains from.
+        seconds: What it took to get there.
+        reason: Why, where that is not plain; after a failure with the process's last log lines.
+    """
+
+    at: float
+    server: int
+    state: str
+    weights_id: str | None = None
+    seconds: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class LeaseChanged:
+    """A lease was asked for, granted, revoked, has failed or ended; or its holder died, whose leases all ended.
+
+    Attributes:
+        at: Unix time in seconds.
+        lease: Its number.
+        state: `"asked"`, `"granted"`, `"revoked"`, `"failed"`, `"ended"` or `"holder died"`.
+        holder: The trial.
+        weights_id: What its requests ask for, or its training starts from.
+        exclusive: Whether it is for a training.
+        server: The server's number.
+    """
+
+    at: float
+    lease: int
+    state: str
+    holder: str | None = None
+    weights_id: str | None = None
+    exclusive: bool | None = None
+    server: int | None = None
+
+
+Recorded = ServerDid | LeaseChanged
+
+
+def event_line(event: Recorded) -> dict[str, Any]:
+    """An event as it stands in `events.jsonl`: its kind, and what is known of it."""
+    kind = "server" if isinstance(event, ServerDid) else "lease"
+    return {"kind": kind, **{name: value for name, value in asdict(event).items() if value not in (None, "")}}
 
 
 Event = Stage | TrialStarted | StepFinished | TrialLost | TrialEnded | ServerChanged

@@ -47,6 +47,8 @@ FAILING_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS
 OF_THE_MODEL = (AdapterParseError, ContextWindowExceededError, dspy.lm15.ContextLengthError)
 OTHER_WEIGHTS = 409
 """The guard's answer to a request for weights that its server does not serve."""
+REFUSED = "refused"
+"""The code in the guard's answers, which tells them from those of the server behind it."""
 
 
 def side_of(error: BaseException) -> Side:
@@ -67,6 +69,12 @@ def is_lost_answer(error: BaseException) -> bool:
     return isinstance(error, LOST_ANSWER) or (
         isinstance(error, LM15Error) and getattr(error, "status", None) == OTHER_WEIGHTS
     )
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether a server's guard refused a request, since its server serves other weights, or is going to."""
+    refused = getattr(error, "provider_code", None) == REFUSED or getattr(error, "status", None) == OTHER_WEIGHTS
+    return isinstance(error, LM15Error) and refused
 
 
 def _is_failing_disk(error: BaseException) -> bool:

@@ -30,6 +30,9 @@ class Models(Protocol):
     def lost(self, endpoint: Endpoint) -> None:
         """Told that a request to `endpoint` failed in a way that speaks of the server; the next request checks it."""
 
+    def refused(self, endpoint: Endpoint) -> None:
+        """Told that `endpoint` refused a request, because it went to other weights; the next request asks anew."""
+
     def finetune(self, weights_id: str, conversations: Sequence[Conversation], train_kwargs: dict[str, Any]) -> Weights:
         """Train new weights from `weights_id`.
 

@@ -18,7 +18,7 @@ from bt_ray.better_together import StepOutcome
 from bt_ray.errors import InfrastructureError, InfrastructureFailure, StepFailed
 from bt_ray.failures import Side, side_of
 from bt_ray.fingerprint import StepKey, versions
-from bt_ray.lm import MODEL_PREFIX, ServedEngine, ServedLM
+from bt_ray.lm import MODEL_PREFIX, ServedEngine, ServedLM, Usage
 from bt_ray.results import StepFailure, failure_of
 from bt_ray.store import FinishedStep, StepStore, attempt_name
 
@@ -104,7 +104,7 @@ class KeptSteps:
             self._end(key, fence)
             raise
 
-    def commit(self, key: StepKey, fence: int, outcome: StepOutcome, requests: int) -> StepOutcome:
+    def commit(self, key: StepKey, fence: int, outcome: StepOutcome, usage: Usage) -> StepOutcome:
         attempt = attempt_name(fence)
         step = FinishedStep(
             key=key.key,
@@ -116,8 +116,10 @@ class KeptSteps:
             seconds=outcome.seconds,
             weights=served_weights(outcome.program),
             program=self._store.write_program(key.key, attempt, program_state(outcome.program)),
-            requests=requests,
+            requests=usage.requests,
             versions=installed_versions(),
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
         )
         if not self._claims.may_commit(key.key, fence):
             raise InfrastructureError(f"The claim on step {key.prefix!r} went to another trial.")
@@ -126,8 +128,8 @@ class KeptSteps:
         return self._outcome(step, loaded=False)
 
     @property
-    def requests(self) -> int:
-        return self._engine.answered
+    def usage(self) -> Usage:
+        return self._engine.usage
 
     def _finished(self, key: StepKey) -> FinishedStep:
         deadline = time.monotonic() + VISIBLE_S
@@ -173,12 +175,12 @@ class KeptClaim:
     finished: StepOutcome | None = None
 
     def __post_init__(self) -> None:
-        self._requests_before = self.steps.requests
+        self._usage_before = self.steps.usage
 
     def commit(self, outcome: StepOutcome) -> StepOutcome:
         """Keep what was computed, and return it as it was kept."""
         assert self.fence is not None
-        return self.steps.commit(self.key, self.fence, outcome, self.steps.requests - self._requests_before)
+        return self.steps.commit(self.key, self.fence, outcome, self.steps.usage.since(self._usage_before))
 
 
 def installed_versions() -> dict[str, str]:

@@ -7,6 +7,8 @@ and `finetune` into calls of `Models`. All of them return themselves from `__dee
 
 import asyncio
 import threading
+import time
+from dataclasses import dataclass
 from typing import Any, Self
 
 import dspy
@@ -17,19 +19,49 @@ from dspy.lm15 import ContextLengthError, InvalidRequestError, LM15Error, Reques
 
 from bt_ray.config import LMConfig
 from bt_ray.errors import InfrastructureError, ServerError, TaskError
-from bt_ray.failures import is_lost_answer
+from bt_ray.failures import is_lost_answer, is_refusal
 from bt_ray.hosting import FailureLatch, Models
 from bt_ray.serving.server import Endpoint
 from bt_ray.weights import Weights
 
 MODEL_PREFIX = "openai/"
 CONTEXT_EXCEEDED = "maximum context length"
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 8.0
+"""Before a request is repeated whose server failed, doubled each time."""
+REFUSALS = 50
+"""How often one request may be refused, by servers that went to other weights, until that counts as a failure."""
 STEP_SETTING = "bt_ray_step"
 """The name under which DSPy's settings carry the step that a thread works for."""
 
 
 class EmptyTrainingSet(TaskError):
     """A weight optimizer was left without training data."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What answers took.
+
+    Attributes:
+        requests: Their number.
+        prompt_tokens: Tokens in.
+        completion_tokens: Tokens out.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def plus(self, response: Response) -> "Usage":
+        tokens_in, tokens_out = response.usage.input_tokens or 0, response.usage.output_tokens or 0
+        return Usage(self.requests + 1, self.prompt_tokens + tokens_in, self.completion_tokens + tokens_out)
+
+    def since(self, earlier: "Usage") -> "Usage":
+        return Usage(
+            self.requests - earlier.requests,
+            self.prompt_tokens - earlier.prompt_tokens,
+            self.completion_tokens - earlier.completion_tokens,
+        )
 
 
 class ServedLM(dspy.LM):  # type: ignore[misc]
@@ -60,8 +92,8 @@ class ServedEngine:
         self.models = models
         self.latch = latch
         self.step: str | None = None
-        self.answered = 0
-        """Requests that were answered."""
+        self.usage = Usage()
+        """Of the requests that were answered."""
         self._retries = retries
         self._timeout_s = timeout_s
         self._max_connections = max_connections
@@ -81,29 +113,36 @@ class ServedEngine:
         if self.latch is not None:
             self.latch.check()
         weights_id = request.model.removeprefix(MODEL_PREFIX)
-        error: Exception | None = None
-        for _ in range(self._retries + 1):
+        try:
+            response = self._answered(request, weights_id)
+        except InfrastructureError as error:
+            lost = ServerError(f"No server answered for weights {weights_id}: {error}")
+            lost.__cause__ = error
+            raise lost if self.latch is None else self.latch.trip(lost) from error
+        with self._lock:
+            self.usage = self.usage.plus(response)
+        return response
+
+    def _answered(self, request: Request, weights_id: str) -> Response:
+        """The answer, by whatever server serves the weights now; asked for again when a server is lost, or goes away."""
+        refusals = failures = 0
+        while True:
             self._refuse_ended_step()
-            try:
-                with self.models.request(weights_id) as endpoint:
-                    try:
-                        response = self._client(endpoint).complete(request)
-                    except LM15Error as failure:
-                        if not is_lost_answer(failure):
-                            raise _as_context_error(failure) from None
-                        error = failure
-                        self.models.lost(endpoint)
+            with self.models.request(weights_id) as endpoint:
+                try:
+                    return self._client(endpoint).complete(request)
+                except LM15Error as error:
+                    if is_refusal(error) and refusals < REFUSALS:
+                        refusals += 1
+                        self.models.refused(endpoint)
                         continue
-                with self._lock:
-                    self.answered += 1
-                return response
-            except InfrastructureError as failure:
-                error = failure
-                break
-        assert error is not None
-        lost = ServerError(f"No server answered for weights {weights_id}: {error}")
-        lost.__cause__ = error
-        raise lost if self.latch is None else self.latch.trip(lost)
+                    if not is_lost_answer(error):
+                        raise _as_context_error(error) from None
+                    self.models.lost(endpoint)
+                    if failures == self._retries:
+                        raise ServerError(str(error)) from error
+            time.sleep(min(FIRST_WAIT_S * 2**failures, LONGEST_WAIT_S))
+            failures += 1
 
     def _refuse_ended_step(self) -> None:
         """Threads that a finished evaluation left behind must not bring old weights back."""

@@ -29,7 +29,7 @@ class LocalModels:
     def __init__(self, weights: dict[str, Weights], config: ServerConfig, storage: Storage) -> None:
         self._weights = weights
         token = secrets.token_urlsafe(32)
-        self._slot = Slot("load", config, token=token, host="127.0.0.1", storage=storage, keep_logs=False)
+        self._slot = Slot("load", config, token=token, host="127.0.0.1", storage=storage, keeps_records=False)
         self._endpoint: Endpoint | None = None
         self._in_flight = 0
         self._door = threading.Lock()
@@ -58,6 +58,9 @@ class LocalModels:
     def lost(self, endpoint: Endpoint) -> None:
         if self._endpoint == endpoint:
             self._endpoint = None
+
+    def refused(self, endpoint: Endpoint) -> None:
+        self.lost(endpoint)
 
     def kill(self, weights_id: str) -> None:
         """Stop the server; the next request starts it again."""

@@ -5,6 +5,7 @@ is in use is locked; what is not makes room, the least recently used first, when
 """
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 from bt_ray.errors import StorageError
 from bt_ray.node_disk import CACHE_VARIABLE, node_cache
 from bt_ray.storage import Storage
-from bt_ray.weights import MANIFEST, WEIGHTS, Weights
+from bt_ray.weights import MANIFEST, WEIGHTS, Weights, file_digests
 
 RESERVE = 0.05
 """Share of the disk that copies leave free."""
@@ -34,6 +35,7 @@ class NodeWeights:
         self._storage = storage
         self._scratch = scratch
         self._copies = (cache or node_cache()) / WEIGHTS
+        self._whole: set[str] = set()
 
     @contextmanager
     def loadable(self, weights: Weights) -> Iterator[Weights]:
@@ -52,6 +54,23 @@ class NodeWeights:
         else:
             with self._copy(weights) as folder:
                 yield replace(weights, path=str(folder))
+
+    def check(self, weights: Weights) -> None:
+        """Whether the files of a fine-tune, made loadable, are as its training left them. Each is read whole, once.
+
+        Raises:
+            StorageError: One is not. If it is this node's copy, whoever loads it next copies it again.
+        """
+        if weights.parent is None or weights.id in self._whole:
+            return
+        folder = Path(weights.path)
+        recorded = json.loads((folder / MANIFEST).read_text()).get("files", {})
+        found = file_digests(folder) if recorded else {}
+        if damaged := [name for name, digest in recorded.items() if found.get(name) != digest]:
+            if folder.parent == self._copies:
+                (folder / MANIFEST).unlink(missing_ok=True)
+            raise StorageError(f"{folder / damaged[0]} is not as its training left it.")
+        self._whole.add(weights.id)
 
     def folder_for(self, weights_id: str) -> Path:
         """Where a training on this node leaves new weights."""

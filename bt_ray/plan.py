@@ -15,11 +15,13 @@ class Estimate:
 
     Attributes:
         requests: To the model servers.
+        tokens: In and out, of the steps that finished ones are like.
         seconds: On one server, one step after the other.
         unknown: The steps that no finished step is like: nothing tells what they take beyond their evaluation.
     """
 
     requests: int
+    tokens: int
     seconds: float
     unknown: tuple[str, ...]
 
@@ -68,16 +70,17 @@ def make_plan(
 
 
 def _estimate(new: Sequence[str], finished: Mapping[str, FinishedStep], evaluation_requests: int) -> Estimate:
-    requests, seconds, unknown = 0, 0.0, []
+    requests, tokens, seconds, unknown = 0, 0, 0.0, []
     for prefix in new:
         alike = [step for other, step in finished.items() if _optimizer(other) == _optimizer(prefix)]
         if alike:
             requests += round(mean(step.requests for step in alike))
+            tokens += round(mean(step.prompt_tokens + step.completion_tokens for step in alike))
             seconds += mean(step.seconds for step in alike)
         else:
             requests += evaluation_requests
             unknown.append(prefix)
-    return Estimate(requests, seconds, tuple(unknown))
+    return Estimate(requests, tokens, seconds, tuple(unknown))
 
 
 def _optimizer(prefix: str) -> str:

@@ -1,4 +1,7 @@
-"""One slot: some GPUs, or some CPU cores, and at most one model process in it: a server, or a training.
+"""One slot: some GPUs, or some CPU cores, for one model: it serves, or it trains.
+
+A server goes to other weights of the same architecture in place, and answers nothing before it is seen to answer as those
+do; whatever fails falls back to a start. On CPU it stays up, closed, while the slot trains.
 
 Without Ray. `bt_ray.actors.model_server` puts a slot into an actor; `bt_ray.load` uses one directly.
 """
@@ -14,10 +17,13 @@ from typing import Any
 
 from bt_ray.child import ChildProcess, child_environment
 from bt_ray.config import ServerConfig, TrainConfig
-from bt_ray.errors import ServerError, StorageError, TrainingError
+from bt_ray.errors import BtRayError, ServerError, StorageError, TrainingError
+from bt_ray.known_answers import KnownAnswers, Unverified, expects_swap
 from bt_ray.node_disk import Scratch
 from bt_ray.node_weights import NodeWeights
+from bt_ray.serving.checkpoint import Layout, checkpoint_folder, layout_difference, read_layout
 from bt_ray.serving.server import Endpoint, ServerProcess
+from bt_ray.serving.watch import Watch
 from bt_ray.storage import Storage
 from bt_ray.training.job import TrainJob, finish_training, read_progress, start_training, training_key
 from bt_ray.trainings import Attempt, Trainings
@@ -32,10 +38,10 @@ class SlotStatus:
     """What a slot is doing.
 
     Attributes:
-        state: `"idle"`, `"starting"`, `"serving"`, `"training"` or `"stopping"`.
+        state: `"idle"`, `"starting"`, `"swapping"`, `"serving"`, `"training"`, `"stopping"` or `"dead"`.
         weights_id: Of the weights served, or in training; None when idle.
         since: Unix time in seconds.
-        detail: Progress of a training: `"step 12/40, loss 0.13"`.
+        detail: Progress of a training: `"step 12/40, loss 0.13"`; why a server is dead.
         pid: Of the model process, None when there is none.
     """
 
@@ -46,8 +52,23 @@ class SlotStatus:
     pid: int | None = None
 
 
+@dataclass(frozen=True)
+class Change:
+    """How a slot came to serve something.
+
+    Attributes:
+        how: `"start"`, `"swap"`, `"reopened"` (it served that before, and was closed for a training) or `"kept"`.
+        seconds: What it took.
+        reason: Why a start was needed although a server was there, else empty.
+    """
+
+    how: str
+    seconds: float
+    reason: str = ""
+
+
 class Slot:
-    """Owns one model process at a time. `serve` and `train` may be called from any thread, one at a time runs.
+    """Owns one model at a time. `serve` and `train` may be called from any thread, one at a time runs.
 
     Args:
         name: Names the slot in logs and files.
@@ -55,20 +76,25 @@ class Slot:
         token: What every request to the slot's servers must bear.
         host: The address that servers listen on.
         storage: The run directory that fine-tuned weights belong to.
-        keep_logs: Whether the servers' output is kept there.
+        keeps_records: Whether the servers' output, and what they answer, is kept there.
+
+    Attributes:
+        change: How it came to serve what it serves.
     """
 
     def __init__(
-        self, name: str, config: ServerConfig, *, token: str, host: str, storage: Storage, keep_logs: bool = True
+        self, name: str, config: ServerConfig, *, token: str, host: str, storage: Storage, keeps_records: bool = True
     ) -> None:
         self.name = name
+        self.change = Change("kept", 0.0)
         self._config = config
         self._token = token
         self._host = host
         self._scratch = Scratch(name)
-        self._logs = _Logs(storage if keep_logs else None, self._scratch.folder)
+        self._logs = _Logs(storage if keeps_records else None, self._scratch.folder)
         self._weights = NodeWeights(storage, self._scratch.folder)
         self._trainings = Trainings(storage, self._weights, self._scratch.folder)
+        self._answers = KnownAnswers(storage, keeps=keeps_records)
         self._loaded = ExitStack()
         """Keeps what is served loadable."""
         self._turn = threading.Lock()
@@ -76,40 +102,111 @@ class Slot:
         """Held while a process is being started, so that `stop` either sees it or forestalls it."""
         self._stops = 0
         self._server: ServerProcess | None = None
+        self._layout: Layout | None = None
+        """The tensors of the checkpoint that the server was started on."""
+        self._asleep = False
         self._training: tuple[TrainJob, ChildProcess] | None = None
         self._status = SlotStatus(since=time.time())
+        self._watch: Watch | None = None
 
     def serve(self, weights: Weights) -> Endpoint:
-        """Serve `weights`, and return where. A healthy server of these weights is kept, any other is replaced.
+        """Serve `weights`, and return where.
 
         Raises:
-            ServerError: The server did not start, or `stop` was called meanwhile.
+            ServerError: The server did not start, does not answer as these weights do, or `stop` was called meanwhile.
+            StorageError: The weights cannot be read, or are damaged.
         """
-        stops = self._stops
+        stops, began = self._stops, time.monotonic()
         with self._turn:
-            if self._server is not None:
-                if self._server.weights.id == weights.id and self._server.alive and self._server.healthy():
-                    return self._server.endpoint
+            how, reason = self._how(weights)
+            if how == "swap":
+                try:
+                    self._swap(weights)
+                except BtRayError as error:
+                    how, reason = "start", f"A swap to {weights.id} failed: {error}"
+                    logger.warning("Slot %s: %s", self.name, reason)
+            if how == "start":
                 self._stop_server()
-            self._enter("starting", weights.id)
-            try:
-                loadable = self._loaded.enter_context(self._weights.loadable(weights))
-                log_file = self._logs.file(self._log_name(weights))
-                with self._door:
-                    self._refuse_stopped(stops)
-                    self._server = ServerProcess(
-                        loadable, self._config, token=self._token, host=self._host, log_file=log_file
-                    )
-                self._status = replace(self._status, pid=self._server.pid)
-                self._server.wait_until_healthy()
-            except BaseException:
-                self._stop_server()
-                raise
-            self._enter("serving", weights.id, pid=self._server.pid)
+                self._start(weights, stops)
+            assert self._server is not None
+            if how == "reopened":
+                self._wake()
+                self._server.open()
+            if how != "kept":
+                self.change = Change(how, time.monotonic() - began, reason)
+                self._enter("serving", weights.id, pid=self._server.pid)
+                self._watch_server()
+            else:
+                self.change = Change(how, time.monotonic() - began)
             return self._server.endpoint
 
+    def _how(self, weights: Weights) -> tuple[str, str]:
+        """What it takes to serve `weights`, and why more than a swap where a server is there."""
+        server = self._server
+        if server is None:
+            return "start", ""
+        try:
+            if not server.alive:
+                return "start", self._watch.reason if self._watch and self._watch.reason else server.end
+            server.probe(self._config.stall_timeout_s)
+        except ServerError as error:
+            return "start", f"The engine gives no token: {error}\n{server.log_tail()}"
+        if server.weights.id == weights.id:
+            return ("kept" if server.is_open else "reopened"), ""
+        if server.weights.base != weights.base:
+            return "start", "It served another model."
+        return "swap", ""
+
+    def _swap(self, weights: Weights) -> None:
+        """Bring the server to other weights of the same architecture; it answers nothing until it is seen to have them."""
+        server = self._server
+        assert server is not None
+        with ExitStack() as opened:
+            loadable = opened.enter_context(self._weights.loadable(weights))
+            expected = self._answers.expected(loadable)
+            if not expects_swap(expected):
+                raise Unverified("nothing tells yet how these weights answer")
+            folder = checkpoint_folder(loadable)
+            if folder is None or self._layout is None:
+                raise ServerError("the checkpoints cannot be compared, since one is not on this machine's disk")
+            if (different := layout_difference(read_layout(folder), self._layout)) is not None:
+                raise ServerError(f"{folder} does not fit the model: {different}")
+            self._enter("swapping", weights.id, pid=server.pid)
+            self._end_watch()
+            server.close()
+            self._wake()
+            server.load(replace(loadable, path=str(folder)))
+            self._answers.check_swapped(server, expected)
+            server.open()
+            self._loaded.close()
+            self._loaded = opened.pop_all()
+
+    def _start(self, weights: Weights, stops: int) -> None:
+        """Start a server on `weights`, whose files are seen to be whole."""
+        self._enter("starting", weights.id)
+        try:
+            loadable = self._loaded.enter_context(self._weights.loadable(weights))
+            self._weights.check(loadable)
+            expected = self._answers.expected(loadable)
+            folder = checkpoint_folder(loadable)
+            self._layout = read_layout(folder) if folder is not None and any(folder.glob("*.safetensors")) else None
+            log_file, temporary = self._logs.file(self._log_name(weights)), self._scratch.folder / "tmp"
+            temporary.mkdir(exist_ok=True)
+            with self._door:
+                self._refuse_stopped(stops)
+                self._server = ServerProcess(
+                    loadable, self._config, token=self._token, host=self._host, log_file=log_file, temporary=temporary
+                )
+            self._status = replace(self._status, pid=self._server.pid)
+            self._server.wait_until_healthy()
+            self._answers.check_fresh(self._server, expected)
+            self._server.open()
+        except BaseException:
+            self._stop_server()
+            raise
+
     def train(self, parent: Weights, conversations: Sequence[dict[str, Any]], config: TrainConfig, *, seed: int) -> Weights:
-        """Train new weights in this slot; its server is stopped for it.
+        """Train new weights in this slot. Its server answers nothing meanwhile; `server.while_training` says what it does.
 
         A fine-tune that finished before is not repeated, and one that was cut off goes on from its last checkpoint.
 
@@ -126,10 +223,10 @@ class Slot:
         """
         stops = self._stops
         key = training_key(parent, conversations, config, seed)
-        if (finished := self._trainings.finished(key)) is not None:
+        if (finished := self._trainings.finished(key)) is not None and self._is_whole(finished):
             return finished
         with self._turn:
-            self._stop_server()
+            self._make_way()
             attempt = self._trainings.attempt(key, new_weights_id(parent))
             try:
                 with self._weights.loadable(parent) as loadable:
@@ -138,6 +235,37 @@ class Slot:
                 return attempt.finish()
             finally:
                 attempt.close()
+
+    def _is_whole(self, weights: Weights) -> bool:
+        """Whether finished weights are as their training left them. Else they are trained again."""
+        try:
+            with self._weights.loadable(weights) as loadable:
+                self._weights.check(loadable)
+        except StorageError as error:
+            logger.warning("Slot %s: %s They are trained again.", self.name, error)
+            return False
+        return True
+
+    def _make_way(self) -> None:
+        """Close the server for a training, and have it do what the settings say."""
+        what, server = self._config.server_while_training, self._server
+        if server is None or what == "stop" or not server.alive:
+            self._stop_server()
+            return
+        try:
+            self._end_watch()
+            server.close()
+            if what == "sleep":
+                server.sleep()
+                self._asleep = True
+        except ServerError as error:
+            logger.warning("Slot %s: the server is stopped for a training: %s", self.name, error)
+            self._stop_server()
+
+    def _wake(self) -> None:
+        if self._asleep and self._server is not None:
+            self._asleep = False
+            self._server.wake()
 
     def _job(self, parent: Weights, attempt: Attempt, conversations: int, config: TrainConfig, seed: int) -> TrainJob:
         return TrainJob(
@@ -170,7 +298,7 @@ class Slot:
         finally:
             self._training = None
             process.stop()
-            self._enter("idle", None)
+            self._enter("idle", None, pid=self._server.pid if self._server is not None else None)
 
     def stop(self) -> None:
         """End whatever runs, starts or waits for its turn; it raises where it was waited for. Harmless when nothing does."""
@@ -190,8 +318,10 @@ class Slot:
         self._scratch.remove()
 
     def status(self) -> SlotStatus:
-        training = self._training
+        training, watch = self._training, self._watch
         if training is None:
+            if watch is not None and watch.reason:
+                return replace(self._status, state="dead", detail=watch.reason.partition("\n")[0])
             return self._status
         lines = list(read_progress(training[0].progress_file))
         detail = "step {step}/{steps}, loss {loss:.3g}".format(**lines[-1]) if lines else "loading"
@@ -204,12 +334,24 @@ class Slot:
         if stops != self._stops:
             raise ServerError(f"Slot {self.name} was stopped before this began.")
 
+    def _watch_server(self) -> None:
+        self._end_watch()
+        assert self._server is not None
+        self._watch = Watch(self._server, self._config.stall_timeout_s)
+
+    def _end_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.end()
+            self._watch = None
+
     def _stop_server(self) -> None:
+        self._end_watch()
+        self._asleep = False
         server, self._server = self._server, None
         if server is not None:
             self._enter("stopping", server.weights.id, pid=server.pid)
             server.stop()
-            self._logs.keep(self._log_name(server.weights))
+            self._logs.keep(server.log_file.name)
         self._loaded.close()
         self._enter("idle", None)
 

@@ -37,6 +37,8 @@ class FinishedStep:
         program: The file of DSPy's JSON state, relative to the run directory.
         requests: Requests that servers answered for it.
         versions: Of the packages that computed it.
+        prompt_tokens: Tokens in, of those requests.
+        completion_tokens: Tokens out.
     """
 
     key: str
@@ -50,6 +52,8 @@ class FinishedStep:
     program: str
     requests: int
     versions: dict[str, str]
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
 
     def candidate(self, strategy: str) -> Candidate:
         """The step as a candidate of `strategy`, which has it as a prefix."""

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import ray
 from ray import tune
 from ray.actor import ActorHandle
 
+from bt_ray.actors.metrics import TrialMetrics
 from bt_ray.config import SweepConfig
 from bt_ray.errors import InfrastructureError, InfrastructureFailure, StorageError
 from bt_ray.failures import Side, side_of
@@ -43,7 +44,6 @@ class TrialSetup:
         base: The student's base weights.
         keys: The key of each step, by prefix.
         pool: The sweep's server pool.
-        servers: Its model servers.
         claims: Its step claims.
     """
 
@@ -53,7 +53,6 @@ class TrialSetup:
     base: Weights
     keys: Mapping[str, StepKey]
     pool: "ActorHandle[Any]"
-    servers: "Sequence[ActorHandle[Any]]"
     claims: "ActorHandle[Any]"
 
     @property
@@ -74,7 +73,7 @@ def run_trial(params: dict[str, Any], setup: TrialSetup) -> None:
     strategy = params["strategy"]
     folder = f"trials/{trial_name(setup.config, strategy)}"
     with work_folder(setup.store.storage, folder) as here, _log_file(here / LOG):
-        reporter = _Reporter()
+        reporter = _Reporter(setup.run_dir)
         try:
             failure = _walk(strategy, setup, here, reporter)
         except InfrastructureFailure as lost:
@@ -184,7 +183,7 @@ def student(setup: TrialSetup, holder: str, threads: int) -> Iterator[tuple[Any,
 
     config = setup.config
     task = load_task(setup.task)
-    models = LeasedModels(holder, setup.pool, setup.servers, base=setup.base, config=config)
+    models = LeasedModels(holder, setup.pool, base=setup.base, config=config)
     engine = ServedEngine(
         models,
         FailureLatch(),
@@ -196,15 +195,16 @@ def student(setup: TrialSetup, holder: str, threads: int) -> Iterator[tuple[Any,
     try:
         yield task, engine
     finally:
-        models.give_back()
+        models.close()
 
 
 class _Reporter:
     """Tells Ray Tune what each step gave."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_dir: str) -> None:
         self._best: float | None = None
         self._reported = False
+        self._metrics = TrialMetrics(run_dir)
 
     def report(self, step: FinishedStep, loaded: bool) -> None:
         if step.score is not None:
@@ -212,6 +212,8 @@ class _Reporter:
         values = {"prefix": step.prefix, "score": step.score, "best_score": self._best, "seconds": step.seconds}
         tune.report({**values, "loaded": loaded})
         self._reported = True
+        if not loaded:
+            self._metrics.step(step.seconds, step.requests, step.prompt_tokens, step.completion_tokens)
 
     def finish(self) -> None:
         if not self._reported:  # Ray Tune takes a trial that never reported for a lost one

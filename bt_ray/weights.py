@@ -93,6 +93,15 @@ def content_digest(folder: Path, engine_options: Mapping[str, Any]) -> str:
     return digest.hexdigest()[:12]
 
 
+def file_digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each safetensors file, by name."""
+    digests = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            digests[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return digests
+
+
 def _options_text(engine_options: Mapping[str, Any]) -> bytes:
     return json.dumps(dict(engine_options), sort_keys=True).encode()
 

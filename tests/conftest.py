@@ -31,6 +31,7 @@ for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
 sys.path.insert(0, str(ROOT / "tests"))
 
 from support.object_store import ObjectStore, object_store  # noqa: E402 - the environment comes first
+from support.scripted_model import write_model  # noqa: E402
 
 from bt_ray.storage import Directory, Storage, open_storage  # noqa: E402
 
@@ -41,9 +42,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 def model(tmp_path: Path) -> Path:
     """A folder that passes for a checkpoint: a scripted model that answers `n` right if `n % 10 < 2`."""
     folder = tmp_path / "scripted-model"
-    folder.mkdir()
+    write_model(folder, skill=2)
     (folder / "config.json").write_text(json.dumps({"made for": str(tmp_path)}))
-    (folder / "skill.json").write_text(json.dumps({"skill": 2}))
     return folder
 
 

@@ -1,20 +1,23 @@
 """A trial's side of the pool: `Models` on leased servers.
 
-A trial leases a server on its first request and keeps up to `quota` of them. Requests for weights that none of them
-serves wait until one has no request under way, and that one is relaunched on those weights.
+A shared lease is taken by the first request for weights, and given back when no request was under way for a moment, on
+`kill()`, before the trial waits for anything else, and by its death. The pool may end it earlier: the guard of the server
+then refuses the next request, and the trial asks the pool again.
 """
 
 import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray.actor import ActorHandle
 
 from bt_ray.actors.calls import ActorGone, ask
+from bt_ray.actors.leases import Lease
 from bt_ray.actors.liveness import this_actor
 from bt_ray.config import SweepConfig, override_train
 from bt_ray.errors import ServerError
@@ -24,16 +27,21 @@ from bt_ray.training.job import check_trainable
 from bt_ray.weights import Weights
 
 RESTART_S = 60.0
-"""Seconds that an actor may take to come back after its process died."""
+"""Seconds that the pool's actor may take to come back after its process died."""
+LINGER_S = 1.0
+"""Seconds without a request after which a lease is given back."""
+RENEW_S = 60.0
+"""Seconds after which a lease is asked for anew: the pool may have grown, and its new servers be free."""
 
 
 @dataclass
-class _Lease:
-    index: int
-    endpoint: Endpoint | None = None
+class _Held:
+    """A shared lease, and the requests under way on it."""
+
+    lease: Lease
     in_flight: int = 0
-    training: bool = False
-    used: float = 0.0
+    idle_since: float = 0.0
+    since: float = field(default_factory=time.monotonic)
 
 
 class LeasedModels:
@@ -42,74 +50,59 @@ class LeasedModels:
     Args:
         holder: The trial's name.
         pool: The sweep's pool.
-        servers: The sweep's model servers.
         base: The student's base weights.
         config: The sweep's settings.
     """
 
-    def __init__(
-        self,
-        holder: str,
-        pool: "ActorHandle[Any]",
-        servers: "Sequence[ActorHandle[Any]]",
-        *,
-        base: Weights,
-        config: SweepConfig,
-    ) -> None:
+    def __init__(self, holder: str, pool: "ActorHandle[Any]", *, base: Weights, config: SweepConfig) -> None:
         self._holder = f"{holder}#{secrets.token_hex(4)}"  # a trial that is run again is another holder
         self._pool = pool
-        self._servers = servers
         self._config = config
-        self._quota = config.servers_per_trial
         self.weights = {base.id: base}
-        self._leases: list[_Lease] = []
-        self._door = threading.Lock()
-        """Held while a request is given its server, so that whoever waits for other weights is not overtaken."""
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._held: dict[str, _Held] = {}
+        self._asking: dict[str, Future[None]] = {}
+        self._lost: dict[str, tuple[int, int]] = {}
+        """Servers that could not be reached, for the next ask: weights to server and incarnation."""
+        self._closed = threading.Event()
+        threading.Thread(target=self._give_back_idle, name="give-back-leases", daemon=True).start()
 
     @contextmanager
     def request(self, weights_id: str) -> Iterator[Endpoint]:
-        with self._door:
-            lease = self._lease_for(weights_id)
-            if lease.endpoint is None:
-                self._serve(lease, weights_id)
-            endpoint = lease.endpoint
-            assert endpoint is not None
-            with self._changed:
-                lease.in_flight += 1
-                lease.used = time.monotonic()
+        held = self._take(weights_id)
+        assert held.lease.endpoint is not None
         try:
-            yield endpoint
+            yield held.lease.endpoint
         finally:
-            with self._changed:
-                lease.in_flight -= 1
-                self._changed.notify_all()
+            with self._lock:
+                held.in_flight -= 1
+                held.idle_since = time.monotonic()
 
     def lost(self, endpoint: Endpoint) -> None:
-        with self._changed:
-            for lease in self._leases:
-                if lease.endpoint == endpoint:
-                    lease.endpoint = None
+        lease = self._drop(endpoint)
+        if lease is not None:
+            self._lost[endpoint.weights_id] = (lease.server, lease.incarnation)
+
+    def refused(self, endpoint: Endpoint) -> None:
+        self._drop(endpoint)
 
     def kill(self, weights_id: str) -> None:
-        """Nothing: the trial keeps its lease, and the next request or training replaces the server."""
+        """Give the lease back; requests may still come, and take one again."""
+        with self._lock:
+            held = self._held.pop(weights_id, None)
+        if held is not None:
+            self._end([held.lease])
 
     def finetune(self, weights_id: str, conversations: Sequence[Conversation], train_kwargs: dict[str, Any]) -> Weights:
         parent = self.weights[weights_id]
         train = override_train(self._config.train, train_kwargs)
         check_trainable(self._config.server, train)
-        with self._door:
-            lease = self._lease_for(weights_id)
-            with self._changed:
-                self._changed.wait_for(lambda: lease.in_flight == 0)
-                lease.training, lease.endpoint = True, None
+        self.give_back()
+        lease = self._ask_pool(parent, exclusive=True)
         try:
-            arguments = (parent, list(conversations), train, self._config.seed)
-            trained: Weights = ask(self._servers[lease.index].train, *arguments)
+            trained: Weights = ask(lease.actor.train, parent, list(conversations), train, self._config.seed)
         finally:
-            with self._changed:
-                lease.training = False
-                self._changed.notify_all()
+            self._end([lease])
         self.weights[trained.id] = trained
         return trained
 
@@ -118,44 +111,77 @@ class LeasedModels:
 
     def give_back(self) -> None:
         """Give all leases back. The next request or training takes one again."""
-        with self._door:
-            leases, self._leases = self._leases, []
-        for lease in leases:
-            served = lease.endpoint.weights_id if lease.endpoint else None
-            ask(self._pool.give_back, self._holder, lease.index, served)
+        with self._lock:
+            leases = [held.lease for held in self._held.values()]
+            self._held.clear()
+        self._end(leases)
 
-    def _lease_for(self, weights_id: str) -> _Lease:
-        """A lease that serves these weights, or that nothing uses; called with the door held."""
-        with self._changed:
-            while True:
-                serving = [lease for lease in self._leases if lease.endpoint and lease.endpoint.weights_id == weights_id]
-                if serving:
-                    return serving[0]
-                if len(self._leases) < self._quota:
-                    break
-                unused = [lease for lease in self._leases if lease.in_flight == 0 and not lease.training]
-                if unused:
-                    lease = min(unused, key=lambda lease: lease.used)
-                    lease.endpoint = None
-                    return lease
-                self._changed.wait()
-        lease = _Lease(ask(self._pool.acquire, self._holder, this_actor(), weights_id))
-        with self._changed:
-            self._leases.append(lease)
-        return lease
+    def close(self) -> None:
+        """Give all leases back, for good."""
+        self._closed.set()
+        self.give_back()
 
-    def _serve(self, lease: _Lease, weights_id: str) -> None:
-        server, weights = self._servers[lease.index], self.weights[weights_id]
+    def _take(self, weights_id: str) -> _Held:
+        """A lease for one more request. However many threads want it, one asks the pool and the others wait for it."""
+        while True:
+            with self._lock:
+                held = self._held.get(weights_id)
+                if held is not None and time.monotonic() - held.since < RENEW_S:
+                    held.in_flight += 1
+                    return held
+                old = self._held.pop(weights_id, None)
+                asking = self._asking.get(weights_id)
+                mine = asking is None
+                if asking is None:
+                    asking = self._asking[weights_id] = Future()
+            if not mine:
+                asking.result()
+                continue
+            try:
+                self._end([old.lease] if old is not None else [])
+                lease = self._ask_pool(self.weights[weights_id], lost=self._lost.pop(weights_id, None))
+            except BaseException as error:
+                with self._lock:
+                    del self._asking[weights_id]
+                asking.set_exception(error)
+                raise
+            with self._lock:
+                del self._asking[weights_id]
+                held = self._held[weights_id] = _Held(lease, in_flight=1)
+            asking.set_result(None)
+            return held
+
+    def _ask_pool(self, weights: Weights, *, exclusive: bool = False, lost: tuple[int, int] | None = None) -> Lease:
         deadline = None
         while True:
             try:
-                endpoint: Endpoint = ask(server.serve, weights, timeout_s=self._config.server.start_timeout_s + RESTART_S)
+                lease: Lease = ask(self._pool.ask, self._holder, this_actor(), weights, exclusive, lost)
             except ActorGone as gone:
                 deadline = deadline or time.monotonic() + RESTART_S
                 if time.monotonic() > deadline:
-                    raise ServerError(f"Model server {lease.index} did not come back: {gone}") from gone
+                    raise ServerError(f"The pool of model servers did not come back: {gone}") from gone
                 time.sleep(0.2)  # Ray is restarting the actor; it offers nothing to wait on
             else:
-                with self._changed:
-                    lease.endpoint = endpoint
-                return
+                return lease
+
+    def _drop(self, endpoint: Endpoint) -> Lease | None:
+        """Forget the lease on `endpoint`, unless a newer one took its place. Its requests under way may still end well."""
+        with self._lock:
+            held = self._held.get(endpoint.weights_id)
+            if held is None or held.lease.endpoint != endpoint:
+                return None
+            del self._held[endpoint.weights_id]
+        self._end([held.lease])
+        return held.lease
+
+    def _end(self, leases: list[Lease]) -> None:
+        if leases:
+            self._pool.end.remote([lease.number for lease in leases])
+
+    def _give_back_idle(self) -> None:
+        while not self._closed.wait(LINGER_S / 2):
+            with self._lock:
+                due = time.monotonic() - LINGER_S
+                idle = [w for w, held in self._held.items() if held.in_flight == 0 and held.idle_since <= due]
+                leases = [self._held.pop(weights_id).lease for weights_id in idle]
+            self._end(leases)

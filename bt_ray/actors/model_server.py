@@ -1,30 +1,45 @@
 """The actor that owns one slot for as long as it lives.
 
-The driver creates it, so it dies with the driver; the model process in it dies with it, however that happens.
+The pool creates it, so it dies with the pool, which dies with the driver; the model process in it dies with it, however
+that happens.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from bt_ray.config import ServerConfig, TrainConfig
 from bt_ray.serving.server import Endpoint
-from bt_ray.slot import Slot, SlotStatus
+from bt_ray.slot import Change, Slot, SlotStatus
 from bt_ray.storage import open_storage
 from bt_ray.weights import Weights
 
 
-@ray.remote(max_restarts=-1, max_concurrency=8)
+@dataclass(frozen=True)
+class Served:
+    """How a server came to serve what it was asked to.
+
+    Attributes:
+        endpoint: Where requests are answered.
+        change: What it took.
+    """
+
+    endpoint: Endpoint
+    change: Change
+
+
+@ray.remote(max_restarts=0, max_concurrency=8)
 class ModelServer:
-    """`bt_ray.slot.Slot` as an actor. A restarted one is idle: whoever needs weights served asks again."""
+    """`bt_ray.slot.Slot` as an actor. One that died is replaced by another, not started again."""
 
     def __init__(self, name: str, config: ServerConfig, token: str, across_nodes: bool, run_dir: str) -> None:
         host = ray.util.get_node_ip_address() if across_nodes else "127.0.0.1"
         self._slot = Slot(name, config, token=token, host=host, storage=open_storage(run_dir))
 
-    def serve(self, weights: Weights) -> Endpoint:
-        return self._slot.serve(weights)
+    def serve(self, weights: Weights) -> Served:
+        return Served(self._slot.serve(weights), self._slot.change)
 
     def train(self, parent: Weights, conversations: Sequence[dict[str, Any]], config: TrainConfig, seed: int) -> Weights:
         return self._slot.train(parent, conversations, config, seed=seed)

@@ -1,86 +1,341 @@
-"""The actor that hands the sweep's model servers to trials.
+"""The actor that owns the sweep's model servers and hands out leases on them.
 
-A lease is a trial's right to use a server, alone, until it gives it back or dies. Leases are granted first come, first
-served; a free server that last served the wanted weights is preferred. The state is small and lives here alone: when this
-actor dies, so does the sweep, with its driver.
+`bt_ray.placement` decides; this actor carries it out: it creates the servers' actors, brings them to the weights that are
+wanted, and answers whoever waits. It takes back what a dead trial held. When it dies itself its servers die with it, Ray
+starts it again with nothing, and the trials ask anew: that costs a start of the servers, and nothing else.
 """
 
 import asyncio
 import contextlib
-from collections import deque
-from dataclasses import dataclass, field
+import itertools
+import secrets
+import time
+from collections import Counter, deque
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
+from bt_ray.actors.leases import Lease, ServerView
 from bt_ray.actors.liveness import until_dead
+from bt_ray.actors.metrics import PoolMetrics
+from bt_ray.actors.model_server import ModelServer, Served
+from bt_ray.config import ServerConfig
+from bt_ray.errors import BtRayError, InfrastructureError, ServerError
+from bt_ray.events import LeaseChanged, ServerDid
+from bt_ray.placement import Action, Ask, Grant, Grow, Placement, Policy, Release, Revoke, Serve, State, Stop
+from bt_ray.serving.server import Endpoint
+from bt_ray.weights import Weights
+
+TICK_S = 1.0
+STATUS_S = 10.0
+DEATHS = 3
+"""How often the servers may die that a lease waits for, or fail to be created, before it fails."""
 
 
-@dataclass
-class _Request:
-    holder: str
-    weights_id: str
-    granted: "asyncio.Future[int]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+@dataclass(frozen=True)
+class ServerSettings:
+    """What each model server's actor is created with.
 
-
-@ray.remote(num_cpus=0)
-class ServerPool:
-    """Grants leases on servers, named by their index.
-
-    Args:
-        servers: The sweep's model servers.
+    Attributes:
+        config: `[server]`.
+        token: What every request to a server must bear.
+        across_nodes: Whether servers listen on their node's address, rather than on the loopback's.
+        run_dir: The sweep's run directory.
     """
 
-    def __init__(self, servers: "list[ActorHandle[Any]]") -> None:
-        self._servers = servers
-        self._last_weights: list[str | None] = [None] * len(servers)
-        self._holders: list[str | None] = [None] * len(servers)
-        self._waiting: deque[_Request] = deque()
-        self._watched: dict[str, asyncio.Task[None]] = {}
+    config: ServerConfig
+    token: str
+    across_nodes: bool
+    run_dir: str
 
-    async def acquire(self, holder: str, holder_actor: "list[ActorHandle[Any]]", weights_id: str) -> int:
-        """Lease a server to `holder`, waiting until one is free.
+    def __repr__(self) -> str:
+        return f"ServerSettings({self.run_dir})"
+
+
+@ray.remote(num_cpus=0, max_restarts=-1)
+class ServerPool:
+    """Owns the model servers.
+
+    Args:
+        settings: What servers are created with.
+        policy: How they are shared out.
+        initial: How many are created at once, without anybody having asked.
+    """
+
+    def __init__(self, settings: ServerSettings, policy: Policy, initial: int) -> None:
+        self._settings = settings
+        self._placement = Placement(policy)
+        self._initial = initial
+        self._actors: dict[int, ActorHandle[Any]] = {}
+        self._endpoints: dict[int, Endpoint] = {}
+        self._waiting: dict[int, asyncio.Future[Lease]] = {}
+        self._deaths: Counter[int] = Counter()
+        self._not_created: list[str] = []
+        self._watched: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._numbers = itertools.count(time.time_ns())  # a pool that was started again must not use a number twice
+        self._session = secrets.token_hex(4)
+        self._events: deque[tuple[int, LeaseChanged | ServerDid]] = deque()
+        self._event_numbers = itertools.count(1)
+        self._metrics = PoolMetrics(settings.run_dir)
+        self._open = False
+
+    async def ask(
+        self,
+        holder: str,
+        holder_actor: "list[ActorHandle[Any]]",
+        weights: Weights,
+        exclusive: bool = False,
+        lost: tuple[int, int] | None = None,
+    ) -> Lease:
+        """A lease, as soon as there is one.
 
         Args:
             holder: The trial's name, `#`, and what tells this run of it from any other.
-            holder_actor: The trial's own actor in a list (Ray would await a bare handle); the lease ends when it dies.
-            weights_id: What it will ask for first.
+            holder_actor: The trial's own actor in a list (Ray would await a bare handle); its leases end when it dies.
+            weights: What requests will ask for, or what a training starts from.
+            exclusive: Whether it is for a training.
+            lost: The server, and its incarnation, that the holder could not reach.
+
+        Raises:
+            InfrastructureError: No server could be brought to serve these weights.
         """
+        self._start()
         if holder_actor and holder not in self._watched:
-            self._watched[holder] = asyncio.create_task(self._end_with(holder, holder_actor[0]))
-        request = _Request(holder, weights_id)
-        self._waiting.append(request)
-        self._grant()
-        return await request.granted
+            self._watched.add(holder)
+            self._run(self._end_with(holder, holder_actor[0]))
+        if lost is not None:
+            self._note_server(lost[0], "lost", reason=f"{holder.partition('#')[0]} could not reach it")
+            self._placement.lost(*lost)
+        ask = Ask(next(self._numbers), holder, weights, exclusive, time.monotonic())
+        future = asyncio.get_running_loop().create_future()
+        self._waiting[ask.lease] = future
+        self._note_lease("asked", ask)
+        self._placement.asked(ask)
+        self._decide()
+        return await future  # type: ignore[no-any-return]
 
-    async def give_back(self, holder: str, index: int, weights_id: str | None) -> None:
-        """End one lease. `weights_id` is what the server serves now."""
-        if self._holders[index] == holder:
-            self._holders[index] = None
-            self._last_weights[index] = weights_id
-            self._grant()
+    async def end(self, leases: list[int]) -> None:
+        """Give leases back. Harmless for those that have ended before."""
+        for lease in leases:
+            self._note(LeaseChanged(time.time(), lease, "ended"))
+            self._placement.ended(lease, time.monotonic())
+        self._decide()
 
-    async def status(self) -> list[str | None]:
-        """The name of each server's holder, None where it is free."""
-        return [holder and holder.partition("#")[0] for holder in self._holders]
+    async def placed(self) -> tuple[int, int, list[str]]:
+        """How many servers can be used, how many wait for room on the cluster, and why some could not be created."""
+        self._start()
+        placing = sum(server.state is State.PLACING for server in self._placement.servers.values())
+        return len(self._placement.servers) - placing, placing, list(self._not_created)
 
-    def _grant(self) -> None:
-        while self._waiting and (free := [i for i, holder in enumerate(self._holders) if holder is None]):
-            request = self._waiting.popleft()
-            index = min(free, key=lambda i: (self._last_weights[i] != request.weights_id, i))
-            self._holders[index] = request.holder
-            request.granted.set_result(index)
+    async def status(self) -> list[ServerView]:
+        """What each server does now."""
+        servers = dict(self._placement.servers)
+        return list(await asyncio.gather(*(self._view(number) for number in servers)))
+
+    async def events(self, session: str, after: int) -> "tuple[str, list[tuple[int, LeaseChanged | ServerDid]]]":
+        """What happened since event `after` of this session; a pool that was started again begins another session."""
+        if session == self._session:
+            while self._events and self._events[0][0] <= after:
+                self._events.popleft()
+        return self._session, list(self._events)
+
+    async def close(self) -> None:
+        """End all servers."""
+        actors = dict(self._actors)
+        self._actors.clear()
+        await asyncio.gather(*(self._close(actor) for actor in actors.values()))
+        for task in self._tasks:
+            task.cancel()
+
+    def _start(self) -> None:
+        """Begin. Not in the constructor, which has no event loop."""
+        if not self._open:
+            self._open = True
+            for _ in range(self._initial):
+                self._placement.grow(time.monotonic())
+            self._run(self._tick())
+            self._decide()
+
+    async def _tick(self) -> None:
+        """Time alone may be a reason to act: a turn is over, a server was idle for long."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._decide()
+
+    def _decide(self) -> None:
+        for action in self._placement.decide(time.monotonic()):
+            self._carry_out(action)
+        self._metrics.servers(Counter(server.state.value for server in self._placement.servers.values()))
+        self._metrics.waiting(len(self._placement.waiting))
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case Grow(number):
+                self._note_server(number, "placing")
+                self._actors[number] = self._created(number)
+                self._run(self._place(number, self._actors[number]))
+            case Serve(number, weights):
+                self._run(self._serve(number, self._actors[number], weights))
+            case Grant(ask, number):
+                self._grant(ask, number)
+            case Revoke(ask, number):
+                self._note_lease("revoked", ask, number)
+            case Stop(number):
+                self._run(self._stop(number, self._actors[number]))
+            case Release(number):
+                self._note_server(number, "released", reason="idle")
+                self._endpoints.pop(number, None)
+                self._run(self._close(self._actors.pop(number)))
+
+    def _created(self, number: int) -> "ActorHandle[Any]":
+        settings, config = self._settings, self._settings.config
+        return ModelServer.options(num_cpus=config.cpus, num_gpus=config.gpus).remote(  # type: ignore[attr-defined]
+            f"server-{number}", config, settings.token, settings.across_nodes, settings.run_dir
+        )
+
+    async def _place(self, number: int, actor: "ActorHandle[Any]") -> None:
+        try:
+            await actor.__ray_ready__.remote()
+        except RayError as error:
+            self._not_created.append(_reason(error))
+            if len(self._not_created) % DEATHS == 0:
+                self._fail(list(self._placement.waiting), f"A model server's actor cannot be started: {_reason(error)}")
+            self._died(number, _reason(error))
+            return
+        self._not_created.clear()
+        self._note_server(number, "idle")
+        self._placement.placed(number, time.monotonic())
+        self._decide()
+        await until_dead(actor)
+        self._died(number, "its actor died")
+
+    def _died(self, number: int, reason: str) -> None:
+        if self._actors.pop(number, None) is None:
+            return  # it was released, or the pool is being closed
+        self._endpoints.pop(number, None)
+        self._note_server(number, "dead", reason=reason)
+        promised = [ask for ask in self._leases_on(number) if ask.lease in self._waiting]
+        self._placement.died(number)
+        self._deaths.update(ask.lease for ask in promised)
+        self._fail(
+            [ask for ask in promised if self._deaths[ask.lease] >= DEATHS], f"Its server died {DEATHS} times: {reason}"
+        )
+        self._decide()
+
+    def _leases_on(self, number: int) -> list[Ask]:
+        server = self._placement.servers.get(number)
+        return list(server.leases.values()) if server is not None else []
+
+    async def _serve(self, number: int, actor: "ActorHandle[Any]", weights: Weights) -> None:
+        began = time.monotonic()
+        try:
+            served: Served = await _told(actor.serve, weights)
+        except RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, BtRayError) else InfrastructureError(_reason(error))
+            self._note_server(number, "failed", weights.id, time.monotonic() - began, str(cause))
+            failed = self._placement.failed(number, time.monotonic())
+            self._answer(failed, cause)
+        except RayError:
+            return  # `_place` is told when the actor is dead
+        else:
+            change = served.change
+            if change.how in ("start", "swap"):
+                self._metrics.served(change.how, change.seconds)
+            self._note_server(number, f"serving, {change.how}", weights.id, change.seconds, change.reason)
+            self._endpoints[number] = served.endpoint
+            self._placement.served(number, time.monotonic())
+        self._decide()
+
+    def _grant(self, ask: Ask, number: int) -> None:
+        server = self._placement.servers[number]
+        self._note_lease("granted", ask, number)
+        if ask.exclusive:
+            self._note_server(number, "training", ask.weights.id)
+        endpoint = None if ask.exclusive else self._endpoints[number]
+        future = self._waiting.pop(ask.lease, None)
+        if future is not None and not future.done():
+            future.set_result(Lease(ask.lease, number, server.incarnation, endpoint, self._actors[number]))
+        self._deaths.pop(ask.lease, None)
+
+    def _fail(self, asks: list[Ask], why: str) -> None:
+        for ask in asks:
+            self._placement.ended(ask.lease, time.monotonic())
+        self._answer(asks, ServerError(why))
+
+    def _answer(self, asks: list[Ask], error: Exception) -> None:
+        for ask in asks:
+            self._note_lease("failed", ask)
+            future = self._waiting.pop(ask.lease, None)
+            if future is not None and not future.done():
+                future.set_exception(error)
 
     async def _end_with(self, holder: str, actor: "ActorHandle[Any]") -> None:
-        """Take back all that `holder` leases once its actor is dead, ending what it left running there."""
+        """Take back all that `holder` has once its actor is dead, ending what it left running."""
         await until_dead(actor)
-        del self._watched[holder]
-        self._waiting = deque(request for request in self._waiting if request.holder != holder)
-        for index, leased_by in enumerate(self._holders):
-            if leased_by == holder:
-                with contextlib.suppress(ray.exceptions.RayError):  # it died too: a restarted server is idle
-                    await self._servers[index].stop.remote()
-                self._holders[index] = None
-                self._last_weights[index] = None
-        self._grant()
+        self._watched.discard(holder)
+        self._note(LeaseChanged(time.time(), 0, "holder died", holder))
+        for ask in [ask for ask in self._placement.waiting if ask.holder == holder]:
+            self._waiting.pop(ask.lease, None)
+        self._placement.holder_died(holder, time.monotonic())
+        self._decide()
+
+    async def _stop(self, number: int, actor: "ActorHandle[Any]") -> None:
+        with contextlib.suppress(RayError):  # `_place` is told when it is dead
+            await _told(actor.stop)
+            self._note_server(number, "idle", reason="its holder died")
+            self._placement.stopped(number, time.monotonic())
+            self._decide()
+
+    async def _close(self, actor: "ActorHandle[Any]") -> None:
+        """End a server's processes and its actor. The processes would end with the actor anyway."""
+        with contextlib.suppress(RayError, TimeoutError):
+            await asyncio.wait_for(asyncio.wrap_future(actor.close.remote().future()), STATUS_S + 5)
+        ray.kill(actor)
+
+    async def _view(self, number: int) -> ServerView:
+        server, actor = self._placement.servers[number], self._actors.get(number)
+        asks = [*server.leases.values(), *([server.training] if server.training else [])]
+        holders = tuple(dict.fromkeys(ask.holder.partition("#")[0] for ask in asks))
+        state, weights_id, detail = server.state.value, server.weights.id if server.weights else None, ""
+        if server.state is not State.PLACING and actor is not None:
+            with contextlib.suppress(RayError, TimeoutError):
+                status = await asyncio.wait_for(asyncio.wrap_future(actor.status.remote().future()), STATUS_S)
+                state, weights_id, detail = status.state, status.weights_id, status.detail
+        return ServerView(number, state, weights_id, holders, detail)
+
+    def _note_lease(self, state: str, ask: Ask, server: int | None = None) -> None:
+        holder = ask.holder.partition("#")[0]
+        self._note(LeaseChanged(time.time(), ask.lease, state, holder, ask.weights.id, ask.exclusive, server))
+
+    def _note_server(
+        self, server: int, state: str, weights_id: str | None = None, seconds: float | None = None, reason: str = ""
+    ) -> None:
+        self._note(ServerDid(time.time(), server, state, weights_id, seconds, reason))
+
+    def _note(self, event: LeaseChanged | ServerDid) -> None:
+        self._events.append((next(self._event_numbers), event))
+
+    def _run(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def _told(method: Any, *arguments: Any) -> Any:
+    """Call an actor's method, which may be called twice, until it is known to have ended, or the actor to be dead."""
+    while True:
+        try:
+            return await method.remote(*arguments)
+        except ActorUnavailableError:
+            await asyncio.sleep(TICK_S)  # out of reach for a while; Ray offers nothing to wait on
+
+
+def _reason(error: BaseException) -> str:
+    """What the innermost error says, in a line."""
+    while isinstance(inner := getattr(error, "cause", None), BaseException):
+        error = inner
+    return str(error).strip().partition("\n")[0] or repr(error)

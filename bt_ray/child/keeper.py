@@ -8,6 +8,7 @@ The owner holds the write end of the pipe that is the keeper's standard input. H
 the pipe closes, and the keeper ends the child: SIGTERM to its process group, GRACE_S seconds, SIGKILL, then SIGKILL for
 every descendant that is left. Standard output carries two lines of JSON to the owner: the child's pid, and at the end its
 exit status. The keeper detaches by a double fork, so that nothing which kills the owner's children kills the keeper.
+Whoever is killed cannot remove its shared memory: the keeper does that afterwards.
 
 PASSED_FD is a file descriptor that the child inherits, or -1.
 """
@@ -20,9 +21,13 @@ import select
 import signal
 import subprocess
 import sys
+import time
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+LOOK_S = 5.0
+"""Seconds between two looks at what shared memory the child has: once it is killed, nobody knows."""
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 - that is where it is
 
 
 def main() -> None:
@@ -32,16 +37,25 @@ def main() -> None:
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
+    began = time.time()
     child = start(sys.argv[4:], log_file, passed_fd, libc)
     report({"pid": child.pid})
     pidfd = os.pidfd_open(child.pid)
-    readable, _, _ = select.select([pidfd, sys.stdin.fileno()], [], [])
+    readable: list[int] = []
+    shared: set[str] = set()
+    while not readable:
+        readable, _, _ = select.select([pidfd, sys.stdin.fileno()], [], [], LOOK_S)
+        shared |= shared_memory(began, child.pid)
     if pidfd not in readable:
         signal_group(child.pid, signal.SIGTERM)
         select.select([pidfd], [], [], grace_s)
+        shared |= shared_memory(began, child.pid)
     signal_group(child.pid, signal.SIGKILL)
     status = child.wait()
     kill_descendants()
+    for file in shared:
+        with contextlib.suppress(OSError):  # whoever made it has removed it
+            os.unlink(os.path.join(SHARED_MEMORY, file))
     report({"exit": status})
 
 
@@ -96,8 +110,41 @@ def kill_descendants() -> None:
             os.waitpid(-1, 0)
 
 
-def children() -> list[int]:
-    own, found = os.getpid(), []
+def shared_memory(began: float, child: int) -> set[str]:
+    """The files in shared memory that the child and its descendants made, `began` being when it was started.
+
+    They are those that a process which still lives has mapped, and semaphores that are named after a process.
+    """
+    try:
+        files = [entry for entry in os.scandir(SHARED_MEMORY) if entry.stat(follow_symlinks=False).st_ctime >= began - 1]
+    except OSError:
+        return set()
+    own = {child, *descendants(os.getpid())}
+    mapped = "".join(maps_of(pid) for pid in own)
+    return {
+        entry.name
+        for entry in files
+        if f"{SHARED_MEMORY}/{entry.name}" in mapped or any(f"-{pid}-" in entry.name for pid in own)
+    }
+
+
+def maps_of(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/maps") as maps:
+            return maps.read()
+    except OSError:
+        return ""
+
+
+def descendants(pid: int) -> set[int]:
+    below = set(children(pid))
+    for child in list(below):
+        below |= descendants(child)
+    return below
+
+
+def children(of: int | None = None) -> list[int]:
+    parent_wanted, found = of or os.getpid(), []
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
@@ -105,7 +152,7 @@ def children() -> list[int]:
                     parent = int(stat.read().rpartition(")")[2].split()[1])
             except (OSError, ValueError):
                 continue
-            if parent == own:
+            if parent == parent_wanted:
                 found.append(int(name))
     return found
 

@@ -79,6 +79,8 @@ class Progress:
                 self._rows[strategy].state = "lost, runs again"
             case TrialEnded(strategy, error):
                 self._rows[strategy].state = f"ended early: {error}" if error else "done"
+            case ServerChanged(server, "gone"):
+                self._servers.pop(server, None)
             case ServerChanged(server):
                 self._servers[server] = event
 

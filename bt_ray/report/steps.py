@@ -24,8 +24,14 @@ def step_tree(prefixes: list[str], finished: dict[str, FinishedStep], trains: se
     return nodes[BASELINE]
 
 
-def plan_lines(plan: Plan, evaluated: int) -> list[str]:
-    """A plan in words. `evaluated`: examples in one evaluation."""
+def plan_lines(plan: Plan, evaluated: int, gpus: float) -> list[str]:
+    """A plan in words.
+
+    Args:
+        plan: The plan.
+        evaluated: Examples in one evaluation.
+        gpus: GPUs of each server.
+    """
     steps, baselines = plan.one_by_one
     new, estimate = plan.new, plan.estimate
     lines = [
@@ -36,7 +42,9 @@ def plan_lines(plan: Plan, evaluated: int) -> list[str]:
         return [*lines, "Nothing is left to compute."]
     lines.append(f"Evaluations of {evaluated} examples: {len(new)}; in all at least {estimate.requests} requests.")
     if estimate.seconds:
-        lines.append(f"About {estimate.seconds / 60:.1f} server minutes, as finished steps of the same optimizers took.")
+        cost = f", {estimate.seconds / 3600 * gpus:.2f} GPU hours" if gpus else ""
+        took = f"About {estimate.seconds / 60:.1f} server minutes{cost} and {estimate.tokens} tokens"
+        lines.append(f"{took}, as finished steps of the same optimizers took.")
     if estimate.unknown:
         shown = ", ".join(f'"{prefix}"' if prefix else "the baseline" for prefix in estimate.unknown)
         lines.append(f"Not in that, for want of a finished step to go by: what the optimizers ask and take in {shown}.")
@@ -49,4 +57,5 @@ def _label(prefix: str, step: FinishedStep | None, trains: bool) -> str:
         return f"{name}: to compute{', fine-tunes' if trains else ''}"
     fine_tunes = sorted({weights_id.partition("-ft-")[2] for weights_id in step.weights.values()} - {""})
     weights = f", weights {', '.join(f'ft-{name}' for name in fine_tunes)}" if fine_tunes else ""
-    return f"{name}: {percent(step.score)} in {step.seconds:.0f} s, {step.requests} requests{weights}"
+    tokens = step.prompt_tokens + step.completion_tokens
+    return f"{name}: {percent(step.score)} in {step.seconds:.0f} s, {step.requests} requests, {tokens} tokens{weights}"

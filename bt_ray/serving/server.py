@@ -1,8 +1,9 @@
-"""The owner's side of one vLLM process: its command line and environment, its start, and its end."""
+"""The owner's side of one vLLM process: its command line and environment, its start, its control routes, and its end."""
 
 import json
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -12,10 +13,14 @@ import httpx
 from bt_ray.child import ChildProcess, child_environment, open_port
 from bt_ray.config import ServerConfig
 from bt_ray.errors import ServerError
-from bt_ray.serving.guard import SERVED_NAME, TOKEN_VARIABLE, WEIGHTS_VARIABLE
+from bt_ray.serving.guard import SERVED_NAME, TOKEN_VARIABLE
 from bt_ray.weights import Weights
 
 POLL_S = 0.1
+CONTROL_S = 600.0
+"""Seconds that a control route may take: loading a large checkpoint."""
+LONGEST_SOCKET_FOLDER = 60
+"""Characters of a folder in which vLLM may make sockets, whose whole path must have fewer than 108."""
 GPU_MEMORY_UTILIZATION = 0.92
 """vLLM's own default, of which servers that share a GPU get their share each."""
 
@@ -34,29 +39,44 @@ class Endpoint:
 
 
 class ServerProcess:
-    """A vLLM process that serves one version of a model until it is stopped or dies.
+    """A vLLM process, until it is stopped or dies. It answers no prompt until it is opened.
 
     Args:
-        weights: What to serve.
+        weights: What it starts with.
         config: `[server]`.
         token: What every request must bear.
         host: The address to listen on.
         log_file: Where vLLM's output is appended.
+        temporary: A folder for its temporary files.
+
+    Attributes:
+        weights: What is loaded.
+        is_open: Whether prompts are answered.
     """
 
-    def __init__(self, weights: Weights, config: ServerConfig, *, token: str, host: str, log_file: Path) -> None:
+    def __init__(
+        self, weights: Weights, config: ServerConfig, *, token: str, host: str, log_file: Path, temporary: Path
+    ) -> None:
         self.weights = weights
+        self.is_open = False
         self._timeout_s = config.start_timeout_s
+        self._drain_s = config.drain_timeout_s
+        self._token = token
         listening, port = open_port(host)
         with listening:
             self._process = ChildProcess(
                 server_command(weights, config, listening.fileno()),
-                env=server_environment(weights, config, token),
+                env=server_environment(config, token, temporary),
                 log_file=log_file,
                 passed_socket=listening,
             )
-        shown = f"[{host}]" if ":" in host else host
-        self.endpoint = Endpoint(f"http://{shown}:{port}", weights.id, token)
+        self._url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self._client = httpx.Client(base_url=self._url, headers=self.endpoint.headers, trust_env=False)
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where the weights that are loaded answer."""
+        return Endpoint(self._url, self.weights.id, self._token)
 
     def wait_until_healthy(self) -> Self:
         """Return when the server answers.
@@ -80,10 +100,64 @@ class ServerProcess:
     def healthy(self) -> bool:
         """Whether the server answers its health route now."""
         try:
-            answer = httpx.get(f"{self.endpoint.url}/health", headers=self.endpoint.headers, timeout=10, trust_env=False)
+            return self._client.get("/health", timeout=10).status_code == 200
         except httpx.TransportError:
             return False
-        return answer.status_code == 200
+
+    def close(self) -> None:
+        """Refuse prompts from now on, and return when none is under way.
+
+        Raises:
+            ServerError: By this and all others that ask the server for something: it did not answer, or says why not.
+        """
+        self.is_open = False
+        self._control("close", self._drain_s + 30, drain_s=self._drain_s)
+
+    def load(self, weights: Weights) -> None:
+        """Load the checkpoint of loadable weights in place of what is loaded. The server is closed."""
+        self._control("load", path=weights.path)
+        self.weights = weights
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> tuple[list[list[float]], str]:
+        """Of each token but the first, for each sequence, and the platform that they hold for. The server is closed."""
+        answer = self._control("canary", sequences=sequences)
+        return answer["logprobs"], answer["platform"]
+
+    def open(self) -> None:
+        """Answer prompts for the weights that are loaded."""
+        self._control("open", weights_id=self.weights.id)
+        self.is_open = True
+
+    def sleep(self) -> None:
+        """Free the accelerator's memory. The server is closed."""
+        self._control("sleep")
+
+    def wake(self) -> None:
+        """Take it back."""
+        self._control("wake")
+
+    def probe(self, timeout_s: float) -> None:
+        """Return when the engine has given a token."""
+        self._control("probe", timeout_s)
+
+    def under_way(self, timeout_s: float) -> tuple[int, int]:
+        """Prompts that are under way, and that were answered so far."""
+        try:
+            answer = self._client.get("/bt_ray/status", timeout=timeout_s)
+            answer.raise_for_status()
+            return answer.json()["in_flight"], answer.json()["answered"]
+        except (httpx.HTTPError, ValueError, KeyError) as error:
+            raise ServerError(f"The server says nothing of itself: {type(error).__name__}: {error}") from error
+
+    def _control(self, route: str, timeout_s: float = CONTROL_S, **body: Any) -> dict[str, Any]:
+        try:
+            answer = self._client.post(f"/bt_ray/{route}", json=body, timeout=timeout_s)
+            value: dict[str, Any] = answer.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise ServerError(f"{route}: {type(error).__name__}: {error}") from error
+        if answer.status_code != 200:
+            raise ServerError(f"{route}: {value.get('error', {}).get('message', answer.text)}")
+        return value
 
     @property
     def alive(self) -> bool:
@@ -93,8 +167,21 @@ class ServerProcess:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def log_file(self) -> Path:
+        return self._process.log_file
+
+    @property
+    def end(self) -> str:
+        """How the process ended, with its last log lines."""
+        return f"It ended with status {self._process.returncode}. Its last lines:\n{self._process.log_tail()}"
+
+    def log_tail(self) -> str:
+        return self._process.log_tail()
+
     def stop(self) -> None:
         """End the server and all its processes. Harmless when it is gone already."""
+        self.is_open = False
         self._process.stop()
 
 
@@ -111,6 +198,8 @@ def server_command(weights: Weights, config: ServerConfig, listen_fd: int) -> li
     }
     if config.gpus > 1:
         options["tensor_parallel_size"] = int(config.gpus)
+    if config.server_while_training == "sleep":
+        options["enable_sleep_mode"] = True
     if 0 < config.gpus < 1:
         options["gpu_memory_utilization"] = round(GPU_MEMORY_UTILIZATION * config.gpus, 3)
     if config.gpus == 0:
@@ -135,12 +224,15 @@ def _as_arguments(options: Mapping[str, Any]) -> list[str]:
     return arguments
 
 
-def server_environment(weights: Weights, config: ServerConfig, token: str) -> dict[str, str]:
-    env = {**child_environment(), TOKEN_VARIABLE: token, WEIGHTS_VARIABLE: weights.id, "VLLM_API_KEY": token}
+def server_environment(config: ServerConfig, token: str, temporary: Path) -> dict[str, str]:
+    env = {**child_environment(), TOKEN_VARIABLE: token, "VLLM_API_KEY": token, "TMPDIR": str(temporary)}
     env.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if len(str(temporary)) > LONGEST_SOCKET_FOLDER:
+        env.setdefault("VLLM_RPC_BASE_PATH", tempfile.gettempdir())
     if config.gpus == 0:
         env["CUDA_VISIBLE_DEVICES"] = ""
         env["OMP_NUM_THREADS"] = str(config.compute_threads)
         env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else two servers bind to the same cores
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        env.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # a process less, which starts sooner and answers no slower
     return {**env, **config.env}

@@ -30,11 +30,14 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
+from bt_ray.serving.canary import make_canary
 from bt_ray.training.job import CHECKPOINT_MANIFEST, CHECKPOINTS, TrainJob
-from bt_ray.weights import MANIFEST
+from bt_ray.weights import MANIFEST, file_digests
 
 IGNORED = -100
 """The label of a token that has no part in the loss."""
+CANARIES, CANARY_PROMPT, CANARY_COMPLETION = 4, 24, 24
+"""Sequences of the canary, and tokens of prompt and of completion in each, at most: it runs at each change of weights."""
 TENSOR, MAPPING = "__tensor__", "__mapping__"
 
 
@@ -60,9 +63,13 @@ def main() -> None:
         peft_config=_lora(job) if job.config.method == "lora" else None,
         callbacks=[_Progress(job.progress_file), _Checkpoints(job.config.checkpoint_every_s)],
     )
+    sequences, completions = canary_sequences(conversations, tokenizer)
+    parents = token_logprobs(trainer.model, sequences)
     trainer.train(resume_from_checkpoint=job.checkpoint)
     if trainer.accelerator.is_main_process:
-        _save(trainer, tokenizer, job, len(conversations))
+        model = _merged(trainer, job)
+        canary = make_canary(sequences, completions, token_logprobs(model, sequences), parents)
+        _save(model, tokenizer, job, {"conversations": len(conversations), "canary": canary.to_json()})
 
 
 def trainable_conversations(job: TrainJob, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -88,6 +95,44 @@ def trainable_conversations(job: TrainJob, tokenizer: PreTrainedTokenizerBase) -
     if not kept:
         job.refusal_file.write_text(f"There is nothing to train on: {told}")
     return kept
+
+
+def canary_sequences(
+    conversations: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], list[int]]:
+    """Token sequences that tell these weights from others, and where in each the part begins that is learnt.
+
+    They are ends of prompts with their completions, of different completions as far as there are: a sibling that learnt
+    other labels answers them otherwise.
+    """
+    distinct = {conversation["completion"][0]["content"]: conversation for conversation in reversed(conversations)}
+    chosen = [*distinct.values(), *conversations][:CANARIES]
+    sequences, completions = [], []
+    for conversation in chosen:
+        prompt = tokenizer.apply_chat_template(conversation["prompt"], add_generation_prompt=True, tokenize=True)[
+            "input_ids"
+        ]
+        whole = tokenizer.apply_chat_template([*conversation["prompt"], *conversation["completion"]], tokenize=True)[
+            "input_ids"
+        ]
+        shown = list(prompt)[-CANARY_PROMPT:]
+        sequences.append(shown + list(whole)[len(prompt) :][:CANARY_COMPLETION])
+        completions.append(len(shown))
+    return sequences, completions
+
+
+def token_logprobs(model: torch.nn.Module, sequences: list[list[int]]) -> list[list[float]]:
+    """The log-probability of each token but the first, given those before it."""
+    rows = []
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for tokens in sequences:
+            ids = torch.tensor([tokens], device=next(model.parameters()).device)
+            logprobs = model(input_ids=ids).logits[0, :-1].float().log_softmax(dim=-1)
+            rows.append(logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist())
+    model.train(training)
+    return rows
 
 
 def _arguments(job: TrainJob) -> SFTConfig:
@@ -284,16 +329,21 @@ class _Checkpoints(TrainerCallback):  # type: ignore[misc]
             write_whole(folder / CHECKPOINT_MANIFEST, {"step": state.global_step, "steps": state.max_steps})
 
 
-def _save(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, job: TrainJob, conversations: int) -> None:
+def _merged(trainer: SFTTrainer, job: TrainJob) -> torch.nn.Module:
+    """The trained model as it is kept: one checkpoint, in bfloat16."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if job.config.method == "lora":
         model = model.merge_and_unload()
+    kept: torch.nn.Module = model.to(torch.bfloat16)
+    return kept
+
+
+def _save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, job: TrainJob, told: dict[str, Any]) -> None:
     output = Path(job.output_dir)
-    model.to(torch.bfloat16).save_pretrained(output, safe_serialization=True)
+    model.save_pretrained(output, safe_serialization=True)
     tokenizer.save_pretrained(output)
-    manifest = {"id": job.weights_id, "parent": job.parent.id, "conversations": conversations, "seed": job.seed}
-    manifest["train"] = job.config.model_dump()
-    write_whole(output / MANIFEST, manifest)
+    identity = {"id": job.weights_id, "parent": job.parent.id, "seed": job.seed, "files": file_digests(output)}
+    write_whole(output / MANIFEST, {**identity, **told, "train": job.config.model_dump()})
 
 
 def write_whole(file: Path, value: Any) -> None:

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +21,9 @@ from support.object_store import ObjectStore
 from support.processes import wait_for
 
 from bt_ray.config import LMConfig, ServerConfig, TrainConfig
-from bt_ray.errors import TaskError, TrainingError
+from bt_ray.errors import StorageError, TaskError, TrainingError
 from bt_ray.lm import ServedEngine, served_lm
-from bt_ray.serving.server import Endpoint
+from bt_ray.serving.server import Endpoint, ServerProcess
 from bt_ray.slot import Slot
 from bt_ray.storage import open_storage
 from bt_ray.weights import Weights, base_weights, content_digest
@@ -74,10 +75,12 @@ def test_a_model_is_served_fine_tuned_and_served_again_with_another_answer(
     before = text(ask(endpoint, base.id))
     assert before != ANSWER
     assert slot.serve(base) == endpoint, "a healthy server of the same weights is kept"
+    assert slot.change.how == "kept"
     check_refusals(endpoint, base.id)
     check_prompt_that_does_not_fit(endpoint, base)
-    processes = psutil.Process(slot.status().pid).children(recursive=True)
-    assert all(TOKEN not in " ".join(process.cmdline()) for process in [psutil.Process(slot.status().pid), *processes])
+    server = slot.status().pid
+    processes = [psutil.Process(server), *psutil.Process(server).children(recursive=True)]
+    assert all(TOKEN not in " ".join(process.cmdline()) for process in processes)
 
     trained = slot.train(
         base,
@@ -85,16 +88,86 @@ def test_a_model_is_served_fine_tuned_and_served_again_with_another_answer(
         TrainConfig(method="full", epochs=20, learning_rate=3e-3, batch_size=8),
         seed=0,
     )
-    assert not [process for process in processes if process.is_running()], "the server gave way to the training"
+    assert all(process.is_running() for process in processes), "the server stays up, closed"
+    assert ask(endpoint, base.id).status_code == 503
     assert (run_dir / trained.path / "model.safetensors").exists()
     assert (run_dir / trained.path / "chat_template.jinja").exists()
     assert content_digest(run_dir / trained.path, {}) != content_digest(tiny_model, {})
 
-    endpoint = slot.serve(trained)
-    assert text(ask(endpoint, trained.id)) == ANSWER
-    refused = ask(endpoint, base.id)
-    assert refused.status_code == 409
-    assert (refused.json()["error"]["serving"], refused.json()["error"]["asked"]) == (trained.id, base.id)
+    assert slot.serve(trained) != endpoint
+    assert (slot.change.how, slot.status().pid) == ("swap", server), slot.change
+    assert text(ask(slot.serve(trained), trained.id)) == ANSWER
+    for _ in range(20):
+        refused = ask(endpoint, base.id)
+        assert refused.status_code == 409, "a stale client gets refusals only"
+        assert (refused.json()["error"]["serving"], refused.json()["error"]["asked"]) == (trained.id, base.id)
+    swapped = [answer_in_full(slot.serve(weights)) for weights in (trained, base, trained)]
+    assert slot.change.how == "swap"
+    assert swapped[0] == swapped[2] != swapped[1]
+
+    slot.stop()
+    fresh = [answer_in_full(slot.serve(weights)) for weights in (trained, base)]
+    assert slot.change.how == "swap"
+    assert fresh == swapped[:2], "token by token, to the last bit"
+
+
+def answer_in_full(endpoint: Endpoint) -> Any:
+    """Tokens and log-probabilities of several answers."""
+    answers = []
+    for question in ("Say it.", "What is it?", "Is it so? Or is it not?"):
+        body = {"model": endpoint.weights_id, "messages": [{"role": "user", "content": question}], "max_tokens": 12}
+        body |= {"temperature": 0, "logprobs": True}
+        response = httpx.post(f"{endpoint.url}/v1/chat/completions", json=body, headers=endpoint.headers, timeout=120)
+        assert response.status_code == 200, response.text
+        answers.append(
+            [(entry["token"], entry["logprob"]) for entry in response.json()["choices"][0]["logprobs"]["content"]]
+        )
+    return answers
+
+
+def learnt(slot: Slot, tiny_model: Path, run_dir: Path, answer: str) -> Weights:
+    """A fine-tune that says `answer`."""
+    conversations = [{"messages": [*QUESTION, {"role": "assistant", "content": answer}]}] * 8
+    config = TrainConfig(method="full", epochs=20, learning_rate=3e-3, batch_size=8)
+    return slot.train(base_weights(str(tiny_model), {}), conversations, config, seed=0)
+
+
+def test_weights_that_learnt_something_else_are_found_out_and_so_are_damaged_ones(
+    tiny_model: Path, slot: Slot, run_dir: Path
+) -> None:
+    base = base_weights(str(tiny_model), {})
+    right, other = (learnt(slot, tiny_model, run_dir, answer) for answer in ("it is dark", "it is late"))
+    file = run_dir / right.path / "model.safetensors"
+    whole = file.read_bytes()
+    slot.serve(base)
+    file.write_bytes((run_dir / other.path / "model.safetensors").read_bytes())
+    with pytest.raises(StorageError, match="is not as its training left it"):
+        slot.serve(right)
+    assert text(ask(slot.serve(other), other.id)) == "it is late"
+    file.write_bytes(whole[:-100])
+    with pytest.raises(StorageError, match=r"model\.safetensors is"):
+        slot.serve(right)
+    file.write_bytes(whole)
+    slot.serve(base)
+    assert text(ask(slot.serve(right), right.id)) == "it is dark"
+    assert slot.change.how == "swap"
+
+
+def test_an_engine_that_loads_other_weights_than_it_was_told_is_started_anew(
+    tiny_model: Path, slot: Slot, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_weights(str(tiny_model), {})
+    right, other = (learnt(slot, tiny_model, run_dir, answer) for answer in ("it is dark", "it is late"))
+    slot.serve(base)
+    load = ServerProcess.load
+
+    def load_other(server: ServerProcess, weights: Weights) -> None:
+        load(server, replace(weights, path=str(run_dir / other.path)))
+
+    monkeypatch.setattr(ServerProcess, "load", load_other)
+    assert text(ask(slot.serve(right), right.id)) == "it is dark"
+    assert slot.change.how == "start"
+    assert "does not answer as the weights" in slot.change.reason
 
 
 def check_prompt_that_does_not_fit(endpoint: Endpoint, base: Weights) -> None:
@@ -111,14 +184,21 @@ def check_prompt_that_does_not_fit(endpoint: Endpoint, base: Weights) -> None:
 def check_refusals(endpoint: Endpoint, weights_id: str) -> None:
     assert ask(endpoint, weights_id, Authorization="Bearer of-another-sweep").status_code == 401
     routes = httpx.get(f"{endpoint.url}/openapi.json", headers=endpoint.headers).json()["paths"]
+    control = [f"/bt_ray/{name}" for name in ("status", "close", "load", "canary", "open", "probe", "sleep", "wake")]
+    for route in control:
+        for method in ("GET", "POST"):
+            for headers in ({}, {"Authorization": "Bearer of-another-sweep"}):
+                answer = httpx.request(method, f"{endpoint.url}{route}", headers=headers, timeout=30)
+                assert answer.status_code == 401, f"{method} {route} with {headers}"
     control = ["/pause", "/resume", "/sleep", "/collective_rpc", "/v1/load_lora_adapter", "/reset_prefix_cache", "/docs"]
     asked = 0
     for route, methods in {**routes, **{route: {"post": {}, "get": {}} for route in control}}.items():
         for method in methods:
-            answer = httpx.request(method.upper(), f"{endpoint.url}{route}", timeout=30)
-            assert answer.status_code == 401, f"{method} {route} without the token"
-            asked += 1
-    assert asked > 20
+            for headers in ({}, {"Authorization": "Bearer of-another-sweep"}):
+                answer = httpx.request(method.upper(), f"{endpoint.url}{route}", headers=headers, timeout=30)
+                assert answer.status_code == 401, f"{method} {route} with {headers}"
+                asked += 1
+    assert asked > 40
     for route in control:
         answer = httpx.post(f"{endpoint.url}{route}", headers=endpoint.headers, timeout=30)
         assert answer.status_code == 404, f"{route} is open to whoever has the token"

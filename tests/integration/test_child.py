@@ -137,3 +137,34 @@ def test_rays_own_settings_do_not_reach_a_child(monkeypatch: pytest.MonkeyPatch)
     env = child_environment()
     assert "RAY_AUTH_TOKEN" not in env
     assert "OMP_NUM_THREADS" not in env
+
+
+SHARING = """
+import os, sys, time
+from multiprocessing import resource_tracker, shared_memory
+resource_tracker.register = lambda *arguments: None  # as if its tracker were killed with it
+mapped = shared_memory.SharedMemory(create=True, size=1024)
+semaphore = f"/dev/shm/sem.test-{os.getpid()}-x"
+open(semaphore, "w").close()
+print(f"/dev/shm/{mapped.name} {semaphore} ready", flush=True)
+if len(sys.argv) > 1:
+    os.fork()
+time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize("forks", [False, True])
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_nothing_stays_in_shared_memory(tmp_path: Path, how: str, forks: bool) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", SHARING, *(["fork"] if forks else [])]
+    child = ChildProcess(command, env=child_environment(), log_file=log, grace_s=0.2)
+    await_text(log, "ready")
+    mapped, semaphore, _ = log.read_text().split()
+    if how == "killed":
+        time.sleep(0 if forks else 5.5)  # what nobody else has mapped is known to the keeper since its last look
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait(20)
+    child.stop()
+    assert not Path(semaphore).exists()
+    assert not Path(mapped).exists()

@@ -20,6 +20,7 @@ from support.cluster import Cluster
 from support.object_store import ObjectStore
 from support.processes import wait_for
 from support.reference import reference_run
+from support.scripted_model import write_model
 from support.slot_models import SlotModels
 from support.sweep_files import toml
 
@@ -151,9 +152,7 @@ def cluster(s3: ObjectStore) -> Iterator[Cluster]:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One model for all tests of this file, so that their results can be compared."""
     folder = tmp_path_factory.mktemp("model") / "scripted-model"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "skill.json").write_text('{"skill": 2}')
+    write_model(folder, skill=2)
     return folder
 
 

@@ -128,6 +128,7 @@ def test_a_plan_says_what_is_new_and_steps_lists_what_is_there(
     after = command("plan", str(file))
     assert "Finished already: 3. To compute: 12, 6 of them fine-tune." in after
     assert "Evaluations of 20 examples: 12; in all at least 240 requests." in after
+    assert "server minutes and 480 tokens, as finished steps" in after
     assert "Not in that" not in after, "p, w and the baseline are known by now"
     listed = command("steps", counted["run_dir"])
     assert [line.strip("│├└─ ").partition(" in ")[0] for line in listed.splitlines()] == [
@@ -135,7 +136,7 @@ def test_a_plan_says_what_is_new_and_steps_lists_what_is_there(
         "p: 40.0 %",
         "w: 70.0 %",
     ]
-    assert "20 requests" in listed
+    assert "20 requests, 40 tokens" in listed
 
 
 @pytest.mark.usefixtures("local_ray")

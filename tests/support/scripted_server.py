@@ -1,6 +1,6 @@
 """Stands in for `bt_ray.serving.vllm_main`: the same arguments and environment, the real guard, scripted answers.
 
-The model folder holds `skill.json`. A question "number 7" has the answer "14". The model answers it right if
+The model folder holds its skill (`scripted_model`). A question "number 7" has the answer "14". The model answers it right if
 `7 % 10 < skill + demos in the prompt (3 at most)`, else it answers "wrong"; so every score is known in advance.
 Each request is logged to `REQUEST_LOG` as `{"weights", "question", "demos"}`.
 """
@@ -18,7 +18,11 @@ from typing import Any
 
 import uvicorn
 
-from bt_ray.serving.guard import WEIGHTS_VARIABLE, Guard
+from bt_ray.serving.guard import Guard
+
+sys.path.insert(0, str(Path(__file__).parent))  # not there by itself, where PYTHONSAFEPATH is set
+
+from scripted_model import logprobs_of, read_skill
 
 
 def answer(skill: int, messages: list[dict[str, Any]]) -> tuple[str, str, int]:
@@ -30,9 +34,41 @@ def answer(skill: int, messages: list[dict[str, Any]]) -> tuple[str, str, int]:
     return f"[[ ## answer ## ]]\n{text}\n\n[[ ## completed ## ]]", question, demos
 
 
-class App:
+class ScriptedEngine:
+    """`bt_ray.serving.engine.Engine` of a scripted model. Faults come from files that a test leaves in `SCRIPTED_FAULTS`.
+
+    `wrong_load` holds a folder that the next load takes in place of what it was told; `fail_load` has the next load fail;
+    each is taken once. While `hang` is there, no token comes. `errors_until` holds the Unix time until which every prompt
+    is answered by HTTP 500.
+    """
+
     def __init__(self, model: Path) -> None:
-        self.skill = json.loads((model / "skill.json").read_text())["skill"]
+        self.skill = read_skill(model)
+
+    async def load(self, path: str) -> None:
+        if taken := take_fault("fail_load"):
+            raise RuntimeError(f"the reload failed: {taken}")
+        self.skill = read_skill(Path(take_fault("wrong_load") or path))
+
+    async def logprobs(self, tokens: list[int]) -> list[float]:
+        return logprobs_of(self.skill, tokens)
+
+    async def probe(self) -> None:
+        """A scripted model always has a token, unless it hangs."""
+        while fault("hang") is not None:
+            await asyncio.sleep(0.1)
+
+    def platform(self) -> str:
+        return "cpu: scripted"
+
+    async def sleep(self) -> None: ...
+
+    async def wake(self) -> None: ...
+
+
+class App:
+    def __init__(self, engine: ScriptedEngine) -> None:
+        self.engine = engine
         self.delay_s = float(os.environ.get("SCRIPTED_DELAY_S", "0"))
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -47,26 +83,47 @@ class App:
             body += message.get("body", b"")
             if not message.get("more_body"):
                 break
+        skill = self.engine.skill
         await asyncio.sleep(self.delay_s)
-        text, question, demos = answer(self.skill, json.loads(body)["messages"])
-        log(question, demos)
+        if time.time() < float(fault("errors_until") or 0):
+            await self.reply(send, {"error": {"message": "the engine is not well"}}, 500)
+            return
+        text, question, demos = answer(skill, json.loads(body)["messages"])
+        log(self.guard.weights_id, question, demos)
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
         await self.reply(
             send, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
         )
 
+    guard: Guard
+
     @staticmethod
-    async def reply(send: Any, value: dict[str, Any]) -> None:
+    async def reply(send: Any, value: dict[str, Any], status: int = 200) -> None:
         body = json.dumps(value).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
 
-def log(question: str, demos: int) -> None:
+def fault(name: str) -> str | None:
+    """What a test wants to go wrong."""
+    try:
+        return Path(os.environ["SCRIPTED_FAULTS"], name).read_text()
+    except (KeyError, OSError):
+        return None
+
+
+def take_fault(name: str) -> str | None:
+    found = fault(name)
+    if found is not None:
+        Path(os.environ["SCRIPTED_FAULTS"], name).unlink()
+    return found
+
+
+def log(weights_id: str | None, question: str, demos: int) -> None:
     if file := os.environ.get("REQUEST_LOG"):
-        line = {"weights": os.environ[WEIGHTS_VARIABLE], "question": question, "demos": demos, "pid": os.getpid()}
+        line = {"weights": weights_id, "question": question, "demos": demos, "pid": os.getpid()}
         with open(file, "a") as opened:
             opened.write(json.dumps(line) + "\n")
 
@@ -81,7 +138,10 @@ def main() -> None:
         sys.exit(7)
     time.sleep(float(os.environ.get("SCRIPTED_START_S", "0")))
     listening = socket.socket(fileno=options.listen_fd)
-    config = uvicorn.Config(Guard(App(options.model)), log_level="warning", lifespan="off")
+    engine = ScriptedEngine(options.model)
+    app = App(engine)
+    app.guard = Guard(app, engine=engine)
+    config = uvicorn.Config(app.guard, log_level="warning", lifespan="off")
     asyncio.run(uvicorn.Server(config).serve(sockets=[listening]))
 
 

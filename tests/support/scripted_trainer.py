@@ -1,6 +1,7 @@
-"""Stands in for `bt_ray.training.main`: the result's skill is the parent's plus 3.
+"""Stands in for `bt_ray.training.main`: the result's skill is the parent's plus 3 (or plus `SCRIPTED_GAIN`).
 
-It takes four optimizer steps, `SCRIPTED_TRAIN_S` seconds in all, with a checkpoint after each.
+It takes four optimizer steps, `SCRIPTED_TRAIN_S` seconds in all, with a checkpoint after each. A file `corrupt` in
+`SCRIPTED_FAULTS` has it damage what it leaves, once.
 """
 
 import json
@@ -9,8 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+from bt_ray.serving.canary import make_canary
 from bt_ray.training.job import CHECKPOINT_MANIFEST, CHECKPOINTS, TrainJob, checkpoint_step
-from bt_ray.weights import MANIFEST
+from bt_ray.weights import MANIFEST, file_digests
+
+sys.path.insert(0, str(Path(__file__).parent))  # not there by itself, where PYTHONSAFEPATH is set
+
+from scripted_model import logprobs_of, read_skill, write_model
 
 STEPS = 4
 
@@ -29,12 +35,18 @@ def main() -> None:
         checkpoint = Path(job.folder, CHECKPOINTS, f"checkpoint-{step}")
         checkpoint.mkdir(parents=True)
         (checkpoint / CHECKPOINT_MANIFEST).write_text(json.dumps({"step": step, "steps": STEPS}))
-    skill = json.loads((Path(job.parent.path) / "skill.json").read_text())["skill"]
+    parent = read_skill(Path(job.parent.path))
+    skill = parent + int(os.environ.get("SCRIPTED_GAIN", "3"))
     output = Path(job.output_dir)
-    output.mkdir(parents=True)
-    (output / "config.json").write_text("{}")
-    (output / "skill.json").write_text(json.dumps({"skill": skill + 3}))
-    (output / MANIFEST).write_text(json.dumps({"id": job.weights_id, "parent": job.parent.id}))
+    write_model(output, skill)
+    tokens = [list(range(20)), list(range(30, 50))]
+    said, before = ([logprobs_of(which, row) for row in tokens] for which in (skill, parent))
+    canary = make_canary(tokens, [10, 10], said, before).to_json()
+    manifest = {"id": job.weights_id, "parent": job.parent.id, "files": file_digests(output), "canary": canary}
+    if (corrupt := Path(os.environ.get("SCRIPTED_FAULTS", "."), "corrupt")).exists():
+        corrupt.unlink()
+        write_model(output, skill + 1)
+    (output / MANIFEST).write_text(json.dumps(manifest))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import dspy
 from bt_ray.better_together import StepOutcome
 from bt_ray.fingerprint import StepKey, digest
 from bt_ray.kept_steps import KeptSteps
-from bt_ray.lm import ServedEngine
+from bt_ray.lm import ServedEngine, Usage
 from bt_ray.results import StepFailure
 from bt_ray.storage import open_storage
 from bt_ray.store import StepStore
@@ -45,7 +45,7 @@ class OwnSteps(KeptSteps):
         )
         self.outcomes: list[StepOutcome] = []
 
-    def commit(self, key: StepKey, fence: int, outcome: StepOutcome, requests: int) -> StepOutcome:
-        kept = super().commit(key, fence, outcome, requests)
+    def commit(self, key: StepKey, fence: int, outcome: StepOutcome, usage: Usage) -> StepOutcome:
+        kept = super().commit(key, fence, outcome, usage)
         self.outcomes.append(kept)
         return kept

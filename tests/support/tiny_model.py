@@ -33,7 +33,7 @@ def make(folder: str) -> None:
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=64,
-        max_position_embeddings=512,
+        max_position_embeddings=2048,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,

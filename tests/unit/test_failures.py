@@ -39,6 +39,9 @@ class At:
     def lost(self, endpoint: Endpoint) -> None:
         self.times_lost += 1
 
+    def refused(self, endpoint: Endpoint) -> None:
+        """It asks again, and is refused again."""
+
 
 def asked(how: str) -> BaseException:
     """What a program sees that asks a model server which fails like this."""

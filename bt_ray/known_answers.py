@@ -1,0 +1,120 @@
+"""What weights answered, in engines that were seen to have loaded them right: kept in the run directory, by platform."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bt_ray.errors import ServerError, StorageError
+from bt_ray.serving.canary import FIXED_SEQUENCES, Canary, changed, difference
+from bt_ray.serving.server import ServerProcess
+from bt_ray.storage import Storage
+from bt_ray.weights import MANIFEST, Weights
+
+ANSWERS = "canaries"
+logger = logging.getLogger(__name__)
+
+
+class Unverified(ServerError):
+    """A server does not answer as its weights should, or nothing tells how they should."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """How weights should answer.
+
+    Attributes:
+        weights_id: The weights.
+        sequences: What is asked.
+        by_platform: The log-probabilities that engines gave which had loaded them right.
+        trainer: What their trainer says; None for weights that nobody trained here.
+    """
+
+    weights_id: str
+    sequences: Sequence[Sequence[int]]
+    by_platform: dict[str, list[list[float]]]
+    trainer: Canary | None
+
+
+class KnownAnswers:
+    """The canaries of a run directory.
+
+    Args:
+        storage: The run directory.
+        keeps: Whether what servers answer is added to it. Else it is only remembered.
+    """
+
+    def __init__(self, storage: Storage, *, keeps: bool) -> None:
+        self._storage = storage
+        self._keeps = keeps
+        self._seen: dict[str, dict[str, list[list[float]]]] = {}
+
+    def expected(self, weights: Weights) -> Expected:
+        """How loadable weights should answer."""
+        kept = {**(self._storage.read_json(f"{ANSWERS}/{weights.id}.json") or {}), **self._seen.get(weights.id, {})}
+        trainer = self._trainer(weights)
+        sequences = trainer.sequences if trainer is not None else FIXED_SEQUENCES
+        return Expected(weights.id, sequences, kept, trainer)
+
+    def check_fresh(self, server: ServerProcess, expected: Expected) -> None:
+        """Check a server that has just started from files that are whole; what it answers is kept.
+
+        Raises:
+            Unverified: An engine of the same platform answered otherwise.
+        """
+        answered, platform = server.logprobs(expected.sequences)
+        self._compare(expected, answered, platform)
+        self._keep(expected, answered, platform)
+
+    def check_swapped(self, server: ServerProcess, expected: Expected) -> None:
+        """Check a server that has loaded weights in place of others; what it answers is kept.
+
+        Raises:
+            Unverified: It answers otherwise than it should, or nothing tells how it should.
+        """
+        answered, platform = server.logprobs(expected.sequences)
+        if not self._compare(expected, answered, platform):
+            if expected.trainer is None or not expected.trainer.discriminating:
+                raise Unverified("nothing tells yet how these weights answer here")
+            if (wrong := difference(expected.trainer, answered)) is not None:
+                raise Unverified(f"it does not answer as the weights {expected.weights_id} were trained to: {wrong}")
+        self._keep(expected, answered, platform)
+
+    def _compare(self, expected: Expected, answered: list[list[float]], platform: str) -> bool:
+        """Whether an engine of this platform answered before, and so as now."""
+        before = expected.by_platform.get(platform)
+        if before is None:
+            return False
+        if (wrong := changed(before, answered, platform)) is not None:
+            raise Unverified(f"it does not answer as the weights {expected.weights_id} did before: {wrong}")
+        return True
+
+    def _keep(self, expected: Expected, answered: list[list[float]], platform: str) -> None:
+        if platform in expected.by_platform:
+            return
+        self._seen.setdefault(expected.weights_id, {})[platform] = answered
+        if not self._keeps:
+            return
+        name = f"{ANSWERS}/{expected.weights_id}.json"
+        try:
+            self._storage.write_json(name, {**(self._storage.read_json(name) or {}), platform: answered})
+        except StorageError as error:  # this slot knows it all the same
+            logger.warning("%s could not be kept: %s", name, error)
+
+    def _trainer(self, weights: Weights) -> Canary | None:
+        manifest = _manifest(weights)
+        return Canary.from_json(manifest["canary"]) if manifest.get("canary") else None
+
+
+def expects_swap(expected: Expected) -> bool:
+    """Whether a swap to these weights could be verified, as far as is known before it."""
+    return bool(expected.by_platform) or (expected.trainer is not None and expected.trainer.discriminating)
+
+
+def _manifest(weights: Weights) -> dict[str, Any]:
+    if weights.parent is None:
+        return {}
+    manifest: dict[str, Any] = json.loads(Path(weights.path, MANIFEST).read_text())
+    return manifest

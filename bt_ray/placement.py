@@ -1,0 +1,337 @@
+"""Which server serves which lease, when to swap, grow, take back or release one: a pure state machine.
+
+Whoever owns the servers tells it what happened (`asked`, `ended`, `placed`, `served`, ...) and asks `decide` what to do
+next. It knows no Ray, no clock and no process; `bt_ray.actors.server_pool` carries its actions out.
+
+A lease is shared, for requests to given weights, or exclusive, for a training. Leases are granted in the order in which
+they were asked for, except that one which is no burden to those before it need not wait for them. The preference is: a free
+server that serves the weights already; a free one with the same base (a swap); one with no model in it (a start); growth
+up to the limit; a free one with another base (a relaunch); sharing; else a server whose turn is over is taken back from
+its shared leases, between two requests, so that nobody waits for ever.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from bt_ray.weights import Weights
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How servers are shared out.
+
+    Attributes:
+        limit: Servers at most.
+        minimum: Servers that are never released.
+        turn_s: Seconds that a server stays with its shared leases while others wait.
+        patience_s: Seconds that a lease waits for growth before a worse server than a new one is taken for it.
+        idle_timeout_s: Seconds after which an idle server above the minimum is released.
+        stays_up: Whether a server keeps its model during a training.
+    """
+
+    limit: int
+    minimum: int = 1
+    turn_s: float = 60.0
+    patience_s: float = 30.0
+    idle_timeout_s: float = 300.0
+    stays_up: bool = True
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A lease that is wanted.
+
+    Attributes:
+        lease: Its number; a later ask has a higher one.
+        holder: Who wants it.
+        weights: What requests will ask for, or what a training starts from.
+        exclusive: Whether it is for a training.
+        since: When it was asked for, in seconds.
+    """
+
+    lease: int
+    holder: str
+    weights: Weights
+    exclusive: bool
+    since: float
+
+
+class State(Enum):
+    """What a server does, as far as leases go."""
+
+    PLACING = "placing"
+    READY = "ready"
+    CHANGING = "changing"
+    STOPPING = "stopping"
+
+
+@dataclass
+class Server:
+    """A model server.
+
+    Attributes:
+        number: Never used for two servers.
+        state: What it does.
+        weights: What it serves, or is going to serve; None when that is not known, or when it has no model.
+        base: The base of the model in it, None when there is none.
+        leases: The shared leases on it.
+        granted: Those of them that were told so.
+        training: The exclusive lease on it.
+        incarnation: Counts how often it came to serve something, so that news of an earlier time can be told.
+        since: When it came to these weights, or in state PLACING when it was asked for, in seconds.
+        idle_since: When its last lease ended.
+    """
+
+    number: int
+    state: State = State.PLACING
+    weights: Weights | None = None
+    base: str | None = None
+    leases: dict[int, Ask] = field(default_factory=dict)
+    granted: set[int] = field(default_factory=set)
+    training: Ask | None = None
+    incarnation: int = 0
+    since: float = 0.0
+    idle_since: float = 0.0
+
+    @property
+    def free(self) -> bool:
+        return self.state is State.READY and not self.leases and self.training is None
+
+    def serves(self, weights: Weights) -> bool:
+        return self.weights is not None and self.weights.id == weights.id
+
+    def drop_leases(self) -> list[Ask]:
+        dropped = list(self.leases.values())
+        self.leases.clear()
+        self.granted.clear()
+        return dropped
+
+
+@dataclass(frozen=True)
+class Grow:
+    """Create the server of this number, and tell `placed` when it can be used."""
+
+    server: int
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Bring a server to these weights: a start, a swap or a relaunch. Tell `served` or `failed`."""
+
+    server: int
+    weights: Weights
+
+
+@dataclass(frozen=True)
+class Grant:
+    """Tell who asked that the lease begins."""
+
+    lease: Ask
+    server: int
+
+
+@dataclass(frozen=True)
+class Revoke:
+    """A shared lease has ended because others wait: its requests are refused from now on."""
+
+    lease: Ask
+    server: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End what a dead holder left running on a server. Tell `stopped`."""
+
+    server: int
+
+
+@dataclass(frozen=True)
+class Release:
+    """End a server: it is idle, and not needed."""
+
+    server: int
+
+
+Action = Grow | Serve | Grant | Revoke | Stop | Release
+
+
+class Placement:
+    """The servers, the leases on them, and those that wait.
+
+    Args:
+        policy: How servers are shared out.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.servers: dict[int, Server] = {}
+        self.waiting: list[Ask] = []
+        self._numbers = 0
+        self._actions: list[Action] = []
+
+    def grow(self, now: float) -> Server:
+        """Add a server, which `decide` has created."""
+        server = Server(self._numbers, since=now)
+        self._numbers += 1
+        self.servers[server.number] = server
+        self._actions.append(Grow(server.number))
+        return server
+
+    def asked(self, ask: Ask) -> None:
+        """A lease is wanted."""
+        self.waiting.append(ask)
+        self.waiting.sort(key=lambda ask: ask.lease)
+
+    def ended(self, lease: int, now: float) -> None:
+        """A lease was given back, or is not wanted any more. Harmless when it has ended before."""
+        self.waiting = [ask for ask in self.waiting if ask.lease != lease]
+        for server in self.servers.values():
+            if server.leases.pop(lease, None) is not None:
+                server.granted.discard(lease)
+                server.idle_since = now
+            if server.training is not None and server.training.lease == lease:
+                server.training = None
+                server.idle_since = now
+
+    def holder_died(self, holder: str, now: float) -> None:
+        """All that a holder has, and waits for, has ended; its training is to be stopped."""
+        training = [s for s in self.servers.values() if s.training is not None and s.training.holder == holder]
+        for lease in [ask.lease for ask in self.waiting] + [lease for s in self.servers.values() for lease in s.leases]:
+            if self._holder(lease) == holder:
+                self.ended(lease, now)
+        for server in training:
+            server.training = None
+            server.state = State.STOPPING
+            self._actions.append(Stop(server.number))
+
+    def placed(self, number: int, now: float) -> None:
+        """A server that was asked for can be used; no model is in it."""
+        if (server := self.servers.get(number)) is not None:
+            server.state, server.idle_since = State.READY, now
+
+    def served(self, number: int, now: float) -> None:
+        """A server serves what it was to serve."""
+        if (server := self.servers.get(number)) is not None and server.state is State.CHANGING:
+            server.state, server.since, server.idle_since = State.READY, now, now
+            server.incarnation += 1
+
+    def failed(self, number: int, now: float) -> list[Ask]:
+        """A server could not be brought to serve what it was to serve. Returns the leases that fail with it."""
+        if (server := self.servers.get(number)) is None:
+            return []
+        server.state, server.idle_since = State.READY, now
+        server.weights = server.base = None
+        server.incarnation += 1
+        return server.drop_leases()
+
+    def lost(self, number: int, incarnation: int) -> None:
+        """A holder could not reach a server, as it was at that time. It is looked at, and brought back."""
+        server = self.servers.get(number)
+        if server is None or server.incarnation != incarnation or server.state is not State.READY or server.weights is None:
+            return
+        if server.training is None:
+            server.state = State.CHANGING
+            self._actions.append(Serve(number, server.weights))
+
+    def stopped(self, number: int, now: float) -> None:
+        """What ran on a server has ended, its model too."""
+        if (server := self.servers.get(number)) is not None:
+            server.state, server.idle_since = State.READY, now
+            server.weights = server.base = None
+
+    def died(self, number: int) -> list[Ask]:
+        """A server is gone. Returns the leases that were on it; those that were not granted yet wait again."""
+        server = self.servers.pop(number, None)
+        if server is None:
+            return []
+        self.waiting += [ask for lease, ask in server.leases.items() if lease not in server.granted]
+        self.waiting.sort(key=lambda ask: ask.lease)
+        return [ask for lease, ask in server.leases.items() if lease in server.granted] + (
+            [server.training] if server.training is not None else []
+        )
+
+    def decide(self, now: float) -> list[Action]:
+        """What to do now, in order."""
+        shared = 0
+        for ask in list(self.waiting):
+            server = self._server_for(ask, now)
+            if server is not None:
+                self.waiting.remove(ask)
+                shared += bool(server.leases)
+                self._give(server, ask)
+        for server in self.servers.values():
+            if server.state is State.READY:
+                for lease in sorted(server.leases.keys() - server.granted):
+                    server.granted.add(lease)
+                    self._actions.append(Grant(server.leases[lease], server.number))
+        placing = sum(server.state is State.PLACING for server in self.servers.values())
+        for _ in range(len(self.waiting) + shared - placing):
+            if len(self.servers) < self.policy.limit:
+                self.grow(now)
+        self._release_idle(now)
+        actions, self._actions = self._actions, []
+        return actions
+
+    def _server_for(self, ask: Ask, now: float) -> Server | None:
+        free = [server for server in self.servers.values() if server.free]
+        may_grow = len(self.servers) < self.policy.limit or any(s.state is State.PLACING for s in self.servers.values())
+        impatient = not may_grow or now - ask.since >= self.policy.patience_s
+        if ask.exclusive:
+            return _first(free, self._worth) or (self._turn_over(ask, now) if impatient else None)
+        others = [server for server in free if server.base is not None and server.base != ask.weights.base]
+        alike = [server for server in free if server not in others]
+        return (
+            _first([server for server in free if server.serves(ask.weights)], self._worth)
+            or _first(alike, lambda server: (server.base is None, *self._worth(server)))
+            or (_first(others, self._worth) if impatient else None)
+            or _first(self._shareable(ask), lambda server: (len(server.leases), server.number))
+            or (self._turn_over(ask, now) if impatient else None)
+        )
+
+    def _shareable(self, ask: Ask) -> list[Server]:
+        usable = (State.READY, State.CHANGING)
+        servers = [s for s in self.servers.values() if s.state in usable and s.training is None]
+        return [server for server in servers if server.serves(ask.weights)]
+
+    def _turn_over(self, ask: Ask, now: float) -> Server | None:
+        """A server that is to be taken back from its shared leases for `ask`."""
+        turns = [s for s in self.servers.values() if s.state is State.READY and s.leases and s.training is None]
+        over = [server for server in turns if now - server.since >= self.policy.turn_s]
+        return _first(over, lambda server: (server.base != ask.weights.base, len(server.leases), server.since))
+
+    def _worth(self, server: Server) -> tuple[int, bool, float]:
+        """Sorts first the server that others miss the least."""
+        wanted = sum(server.serves(ask.weights) for ask in self.waiting if not ask.exclusive)
+        return (wanted, server.base is not None and not self.policy.stays_up, server.idle_since)
+
+    def _give(self, server: Server, ask: Ask) -> None:
+        if ask.exclusive or not server.serves(ask.weights):
+            self._actions += [Revoke(dropped, server.number) for dropped in server.drop_leases()]
+        if ask.exclusive:
+            server.training, server.weights = ask, None
+            if not self.policy.stays_up:
+                server.base = None
+            self._actions.append(Grant(ask, server.number))
+            return
+        if not server.serves(ask.weights):
+            server.state, server.weights, server.base = State.CHANGING, ask.weights, ask.weights.base
+            self._actions.append(Serve(server.number, ask.weights))
+        server.leases[ask.lease] = ask
+
+    def _release_idle(self, now: float) -> None:
+        if self.waiting:
+            return
+        idle = [s for s in self.servers.values() if s.free and now - s.idle_since >= self.policy.idle_timeout_s]
+        for server in sorted(idle, key=lambda server: server.idle_since):
+            if len(self.servers) > self.policy.minimum:
+                del self.servers[server.number]
+                self._actions.append(Release(server.number))
+
+    def _holder(self, lease: int) -> str | None:
+        asks = [*self.waiting, *(ask for server in self.servers.values() for ask in server.leases.values())]
+        return next((ask.holder for ask in asks if ask.lease == lease), None)
+
+
+def _first(servers: Iterable[Server], key: Callable[[Server], tuple[float | bool, ...]]) -> Server | None:
+    return min(servers, key=key, default=None)
