@@ -88,7 +88,7 @@ class LeaseChanged:
 
     Attributes:
         at: Unix time in seconds.
-        lease: Its number.
+        lease: Its number; None of all that a dead holder had.
         state: `"asked"`, `"granted"`, `"revoked"`, `"failed"`, `"ended"` or `"holder died"`.
         holder: The trial.
         weights_id: What its requests ask for, or its training starts from.
@@ -97,7 +97,7 @@ class LeaseChanged:
     """
 
     at: float
-    lease: int
+    lease: int | None
     state: str
     holder: str | None = None
     weights_id: str | None = None

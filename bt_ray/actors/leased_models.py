@@ -152,10 +152,10 @@ class LeasedModels:
             return held
 
     def _ask_pool(self, weights: Weights, *, exclusive: bool = False, lost: tuple[int, int] | None = None) -> Lease:
-        deadline = None
+        deadline, request = None, f"{self._holder}/{secrets.token_hex(4)}"
         while True:
             try:
-                lease: Lease = ask(self._pool.ask, self._holder, this_actor(), weights, exclusive, lost)
+                lease: Lease = ask(self._pool.ask, self._holder, this_actor(), request, weights, exclusive, lost)
             except ActorGone as gone:
                 deadline = deadline or time.monotonic() + RESTART_S
                 if time.monotonic() > deadline:

@@ -72,6 +72,8 @@ class ServerPool:
         self._actors: dict[int, ActorHandle[Any]] = {}
         self._endpoints: dict[int, Endpoint] = {}
         self._waiting: dict[int, asyncio.Future[Lease]] = {}
+        self._by_request: dict[str, int] = {}
+        self._requests: dict[int, str] = {}
         self._deaths: Counter[int] = Counter()
         self._not_created: list[str] = []
         self._watched: set[str] = set()
@@ -87,6 +89,7 @@ class ServerPool:
         self,
         holder: str,
         holder_actor: "list[ActorHandle[Any]]",
+        request: str,
         weights: Weights,
         exclusive: bool = False,
         lost: tuple[int, int] | None = None,
@@ -96,6 +99,8 @@ class ServerPool:
         Args:
             holder: The trial's name, `#`, and what tells this run of it from any other.
             holder_actor: The trial's own actor in a list (Ray would await a bare handle); its leases end when it dies.
+            request: Names this call. Who could not hear the answer calls again by the same name: what was granted to the
+                call before, or is still waited for, ends.
             weights: What requests will ask for, or what a training starts from.
             exclusive: Whether it is for a training.
             lost: The server, and its incarnation, that the holder could not reach.
@@ -110,7 +115,9 @@ class ServerPool:
         if lost is not None:
             self._note_server(lost[0], "lost", reason=f"{holder.partition('#')[0]} could not reach it")
             self._placement.lost(*lost)
+        self._forget(self._by_request.get(request))
         ask = Ask(next(self._numbers), holder, weights, exclusive, time.monotonic())
+        self._by_request[request], self._requests[ask.lease] = ask.lease, request
         future = asyncio.get_running_loop().create_future()
         self._waiting[ask.lease] = future
         self._note_lease("asked", ask)
@@ -122,7 +129,7 @@ class ServerPool:
         """Give leases back. Harmless for those that have ended before."""
         for lease in leases:
             self._note(LeaseChanged(time.time(), lease, "ended"))
-            self._placement.ended(lease, time.monotonic())
+            self._forget(lease)
         self._decide()
 
     async def placed(self) -> tuple[int, int, list[str]]:
@@ -150,6 +157,14 @@ class ServerPool:
         await asyncio.gather(*(self._close(actor) for actor in actors.values()))
         for task in self._tasks:
             task.cancel()
+
+    def _forget(self, lease: int | None) -> None:
+        if lease is not None:
+            future = self._waiting.pop(lease, None)
+            if future is not None:
+                future.cancel()  # nobody listens any more, or it is done
+            self._by_request.pop(self._requests.pop(lease, ""), None)
+            self._placement.ended(lease, time.monotonic())
 
     def _start(self) -> None:
         """Begin. Not in the constructor, which has no event loop."""
@@ -262,25 +277,24 @@ class ServerPool:
         self._deaths.pop(ask.lease, None)
 
     def _fail(self, asks: list[Ask], why: str) -> None:
-        for ask in asks:
-            self._placement.ended(ask.lease, time.monotonic())
         self._answer(asks, ServerError(why))
 
     def _answer(self, asks: list[Ask], error: Exception) -> None:
         for ask in asks:
             self._note_lease("failed", ask)
-            future = self._waiting.pop(ask.lease, None)
+            future = self._waiting.get(ask.lease)
             if future is not None and not future.done():
                 future.set_exception(error)
+            self._forget(ask.lease)
 
     async def _end_with(self, holder: str, actor: "ActorHandle[Any]") -> None:
         """Take back all that `holder` has once its actor is dead, ending what it left running."""
         await until_dead(actor)
         self._watched.discard(holder)
-        self._note(LeaseChanged(time.time(), 0, "holder died", holder))
-        for ask in [ask for ask in self._placement.waiting if ask.holder == holder]:
-            self._waiting.pop(ask.lease, None)
+        self._note(LeaseChanged(time.time(), None, "holder died", holder.partition("#")[0]))
         self._placement.holder_died(holder, time.monotonic())
+        for request in [request for request in self._by_request if request.startswith(f"{holder}/")]:
+            self._forget(self._by_request[request])
         self._decide()
 
     async def _stop(self, number: int, actor: "ActorHandle[Any]") -> None:
