@@ -233,7 +233,7 @@ def test_stop_ends_a_kept_server_and_the_training_beside_it(host: Host) -> None:
 
 
 def test_a_server_that_hangs_is_killed_and_its_clients_see_a_reset(host: Host) -> None:
-    slot = host.slot(stall_timeout_s=0.6)
+    slot = host.slot(stall_timeout_s=1.5)
     endpoint = slot.serve(host.base)
     process = psutil.Process(slot.status().pid)
     process.suspend()
@@ -247,7 +247,7 @@ def test_a_server_that_hangs_is_killed_and_its_clients_see_a_reset(host: Host) -
 
 
 def test_an_engine_that_gives_no_token_is_found_although_its_server_answers(host: Host) -> None:
-    slot = host.slot({"SCRIPTED_DELAY_S": "600"}, stall_timeout_s=0.6)
+    slot = host.slot({"SCRIPTED_DELAY_S": "600"}, stall_timeout_s=1.5)
     endpoint = slot.serve(host.base)
     (host.faults / "hang").write_text("")
     with pytest.raises(httpx.TransportError):
@@ -257,7 +257,7 @@ def test_an_engine_that_gives_no_token_is_found_although_its_server_answers(host
 
 
 def test_slow_answers_of_an_engine_that_gives_tokens_are_left_alone(host: Host) -> None:
-    slot = host.slot({"SCRIPTED_DELAY_S": "3"}, stall_timeout_s=0.4)
+    slot = host.slot({"SCRIPTED_DELAY_S": "5"}, stall_timeout_s=1.5)
     endpoint = slot.serve(host.base)
     pid = slot.status().pid
     assert ask(endpoint) == "wrong"
@@ -265,7 +265,7 @@ def test_slow_answers_of_an_engine_that_gives_tokens_are_left_alone(host: Host) 
 
 
 def test_a_server_that_dies_is_noticed_with_its_last_lines(host: Host) -> None:
-    slot = host.slot(stall_timeout_s=0.4)
+    slot = host.slot(stall_timeout_s=1.5)
     slot.serve(host.base)
     os.kill(slot.status().pid or 0, signal.SIGKILL)
     wait_for("the watch", lambda: slot.status().state == "dead", 20)

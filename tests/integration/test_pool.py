@@ -1,0 +1,126 @@
+"""The pool's actor on a real Ray: it grows and shrinks, and holds several models and versions at once."""
+
+import secrets
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from support.processes import wait_for
+from support.scripted_model import write_model
+
+from bt_ray.config import make_config
+from bt_ray.placement import Policy
+from bt_ray.weights import Weights, base_weights
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+Pool = Any
+
+
+@pytest.fixture
+def opened(settings: dict[str, Any]) -> Iterator[Callable[..., Pool]]:
+    import ray
+
+    from bt_ray.actors.server_pool import ServerPool, ServerSettings
+
+    pools: list[Pool] = []
+
+    def open_pool(initial: int = 1, **policy: Any) -> Pool:
+        config = make_config(settings).server
+        given = ServerSettings(config, "token", False, settings["run_dir"])
+        pools.append(ServerPool.remote(given, Policy(**policy), initial))  # type: ignore[attr-defined]
+        return pools[-1]
+
+    yield open_pool
+    for pool in pools:
+        ray.get(pool.close.remote())
+        ray.kill(pool)
+
+
+def ask(pool: Pool, weights: Weights, *, request: str = "", exclusive: bool = False) -> Any:
+    """The promise of a lease."""
+    return pool.ask.remote("test#1", [], f"test#1/{request or secrets.token_hex(4)}", weights, exclusive)
+
+
+def servers(pool: Pool) -> int:
+    import ray
+
+    placed, placing, _ = ray.get(pool.placed.remote())
+    return int(placed + placing)
+
+
+def answer(lease: Any, number: int) -> str:
+    body = {"model": lease.endpoint.weights_id, "messages": [{"role": "user", "content": f"number {number}"}]}
+    url = f"{lease.endpoint.url}/v1/chat/completions"
+    response = httpx.post(url, json=body, headers=lease.endpoint.headers, timeout=20)
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["message"]["content"]).splitlines()[1]
+
+
+@pytest.fixture
+def student(model: Path) -> Weights:
+    return base_weights(str(model), {})
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Weights:
+    """Another, larger model: it knows more."""
+    write_model(tmp_path / "teacher", skill=9, tensors=("skill", "layer", "another"))
+    return base_weights(str(tmp_path / "teacher"), {})
+
+
+def test_the_pool_grows_while_leases_wait_and_shrinks_when_nobody_uses_a_server(
+    opened: Callable[..., Pool], student: Weights
+) -> None:
+    import ray
+
+    pool = opened(limit=2, minimum=1, patience_s=60, idle_timeout_s=1.5)
+    training = ray.get(ask(pool, student, exclusive=True))
+    assert servers(pool) == 1
+    shared = ray.get(ask(pool, student))
+    assert (servers(pool), shared.server != training.server) == (2, True)
+    assert answer(shared, 1) == "2"
+    ray.get(pool.end.remote([training.number, shared.number]))
+    wait_for("the pool to shrink", lambda: servers(pool) == 1, 20)
+    assert answer(ray.get(ask(pool, student)), 1) == "2"
+
+
+def test_a_teacher_and_a_student_live_in_one_pool_and_share_one_slot_if_there_is_no_other(
+    opened: Callable[..., Pool], student: Weights, teacher: Weights
+) -> None:
+    import ray
+
+    both = opened(limit=2)
+    leases = [ray.get(ask(both, weights)) for weights in (student, teacher, student, teacher)]
+    assert [lease.server for lease in leases] == [0, 1, 0, 1]
+    assert [answer(lease, 8) for lease in leases] == ["wrong", "16", "wrong", "16"]
+
+    one = opened(limit=1, turn_s=1)
+    first = ray.get(ask(one, student))
+    second = ray.get(ask(one, teacher), timeout=30)
+    assert answer(second, 8) == "16", "the student's turn was over"
+    with pytest.raises((AssertionError, httpx.TransportError)):
+        answer(first, 8)
+
+
+def test_a_call_that_is_made_again_leaves_no_lease_that_nobody_knows(opened: Callable[..., Pool], student: Weights) -> None:
+    import ray
+
+    pool = opened(limit=1)
+    ray.get(ask(pool, student, request="lost answer", exclusive=True))
+    again = ray.get(ask(pool, student, request="lost answer", exclusive=True), timeout=30)
+    ray.get(pool.end.remote([again.number]))
+    assert ray.get(ask(pool, student, exclusive=True), timeout=30).server == again.server
+
+
+def test_many_trials_share_one_start(opened: Callable[..., Pool], student: Weights) -> None:
+    import ray
+
+    pool = opened(limit=1)
+    leases = ray.get([ask(pool, student) for _ in range(20)])
+    with ThreadPoolExecutor(20) as threads:
+        assert set(threads.map(lambda lease: answer(lease, 1), leases)) == {"2"}
+    _, events = ray.get(pool.events.remote("", 0))
+    assert [event.state for _, event in events if getattr(event, "state", "").startswith("serving")] == ["serving, start"]
