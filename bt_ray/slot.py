@@ -130,7 +130,6 @@ class Slot:
                 self._start(weights, stops)
             assert self._server is not None
             if how == "reopened":
-                self._wake()
                 self._server.open()
             if how != "kept":
                 self.change = Change(how, time.monotonic() - began, reason)
@@ -148,6 +147,9 @@ class Slot:
         try:
             if not server.alive:
                 return "start", self._watch.reason if self._watch and self._watch.reason else server.end
+            if self._asleep:
+                server.wake()
+                self._asleep = False
             server.probe(self._config.stall_timeout_s)
         except ServerError as error:
             return "start", f"The engine gives no token: {error}\n{server.log_tail()}"
@@ -174,7 +176,6 @@ class Slot:
             self._enter("swapping", weights.id, pid=server.pid)
             self._end_watch()
             server.close()
-            self._wake()
             server.load(replace(loadable, path=str(folder)))
             self._answers.check_swapped(server, expected)
             server.open()
@@ -261,11 +262,6 @@ class Slot:
         except ServerError as error:
             logger.warning("Slot %s: the server is stopped for a training: %s", self.name, error)
             self._stop_server()
-
-    def _wake(self) -> None:
-        if self._asleep and self._server is not None:
-            self._asleep = False
-            self._server.wake()
 
     def _job(self, parent: Weights, attempt: Attempt, conversations: int, config: TrainConfig, seed: int) -> TrainJob:
         return TrainJob(
