@@ -35,7 +35,6 @@ class Sweep:
             "server": {"threads": 2, "cpus": 0.5, "max_model_len": 1536, "max_num_seqs": 8, "stall_timeout_s": 20},
             "train": {"method": "full", "epochs": 15, "learning_rate": 3e-3, "batch_size": 4},
         }
-        values["server"] |= {"env": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}}
         (folder / "sweep.toml").write_text(toml(values))
         self.output = folder / "output.txt"
         command = [sys.executable, "-m", "bt_ray.cli", "sweep", str(folder / "sweep.toml")]
