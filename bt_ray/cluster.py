@@ -12,13 +12,15 @@ from typing import Any
 from bt_ray.config import SweepConfig
 from bt_ray.errors import ResourcesError
 from bt_ray.event_log import EventLog
-from bt_ray.events import Event, ServerChanged, Stage
+from bt_ray.events import Event, ServerChanged, ServerDid, ServerReplaced, Stage
 from bt_ray.preflight import check_resources, inside_job
 from bt_ray.storage import Storage
 
 Listener = Callable[[Event], None]
 PLACING_NEWS_S = 15.0
 """Seconds between two lines about servers that wait for room."""
+REPLACED = ("serving, start", "dead")
+"""States of a server that nobody expected, where a reason is given."""
 
 DRIVER_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a task's relative paths mean the same in every process
@@ -133,38 +135,9 @@ def _close(pool: Any) -> None:
 @contextmanager
 def watched(pool: Any, storage: Storage, tell: Listener) -> Iterator[None]:
     """Tell what the servers do, once a second where it changed, and keep the pool's events in `events.jsonl`."""
-    import ray
-
+    watch = _PoolWatch(pool, storage, tell)
     ended = threading.Event()
-    log = EventLog(storage)
-    told: dict[int, ServerChanged] = {}
-    session, after = "", 0
-
-    def look() -> None:
-        nonlocal session, after
-        session, events = ray.get(pool.events.remote(session, after), timeout=10)
-        log.add([event for _, event in events])
-        after = events[-1][0] if events else after
-        views = ray.get(pool.status.remote(), timeout=15)
-        seen = {v.server: ServerChanged(v.server, v.state, v.weights_id, ", ".join(v.holders), v.detail) for v in views}
-        for number in told.keys() - seen.keys():
-            if told[number].state != "gone":
-                seen[number] = ServerChanged(number, "gone", None, None, "")
-        for number, change in seen.items():
-            if told.get(number) != change:
-                told[number] = change
-                tell(change)
-
-    def watch() -> None:
-        while not ended.wait(1.0):
-            try:
-                look()
-            except ray.exceptions.RayError:
-                continue  # the pool is being started again; the next look tells
-            except Exception:
-                return  # the connection is closed
-
-    thread = threading.Thread(target=watch, name="watch-servers", daemon=True)
+    thread = threading.Thread(target=watch.run, args=(ended,), name="watch-servers", daemon=True)
     thread.start()
     try:
         yield
@@ -172,8 +145,47 @@ def watched(pool: Any, storage: Storage, tell: Listener) -> Iterator[None]:
         ended.set()
         thread.join(timeout=15)
         with contextlib.suppress(Exception):  # the connection may be closed
-            look()
-        log.close()
+            watch.look()
+        watch.log.close()
+
+
+class _PoolWatch:
+    """Looks at the pool, and tells what is new."""
+
+    def __init__(self, pool: Any, storage: Storage, tell: Listener) -> None:
+        self.log = EventLog(storage)
+        self._pool = pool
+        self._tell = tell
+        self._told: dict[int, ServerChanged] = {}
+        self._session, self._after = "", 0
+
+    def run(self, ended: threading.Event) -> None:
+        import ray
+
+        while not ended.wait(1.0):
+            try:
+                self.look()
+            except ray.exceptions.RayError:
+                continue  # the pool is being started again; the next look tells
+            except Exception:
+                return  # the connection is closed
+
+    def look(self) -> None:
+        import ray
+
+        self._session, events = ray.get(self._pool.events.remote(self._session, self._after), timeout=10)
+        self.log.add([event for _, event in events])
+        for number, event in events:
+            self._after = number
+            if isinstance(event, ServerDid) and event.reason and event.state in REPLACED:
+                self._tell(ServerReplaced(event.server, event.reason.partition("\n")[0]))
+        views = ray.get(self._pool.status.remote(), timeout=15)
+        seen = {v.server: ServerChanged(v.server, v.state, v.weights_id, ", ".join(v.holders), v.detail) for v in views}
+        gone = {number for number in self._told.keys() - seen.keys() if self._told[number].state != "gone"}
+        for change in [*(ServerChanged(number, "gone", None, None, "") for number in gone), *seen.values()]:
+            if self._told.get(change.server) != change:
+                self._told[change.server] = change
+                self._tell(change)
 
 
 def cause_of(error: Exception) -> str:

@@ -61,6 +61,14 @@ class ServerChanged:
 
 
 @dataclass(frozen=True)
+class ServerReplaced:
+    """A model server was lost, or could not go to other weights in place: for the reason given it is started anew."""
+
+    server: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class ServerDid:
     """A model server's state changed.
 
@@ -114,4 +122,4 @@ def event_line(event: Recorded) -> dict[str, Any]:
     return {"kind": kind, **{name: value for name, value in asdict(event).items() if value not in (None, "")}}
 
 
-Event = Stage | TrialStarted | StepFinished | TrialLost | TrialEnded | ServerChanged
+Event = Stage | TrialStarted | StepFinished | TrialLost | TrialEnded | ServerChanged | ServerReplaced

@@ -11,7 +11,16 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from bt_ray.events import Event, ServerChanged, Stage, StepFinished, TrialEnded, TrialLost, TrialStarted
+from bt_ray.events import (
+    Event,
+    ServerChanged,
+    ServerReplaced,
+    Stage,
+    StepFinished,
+    TrialEnded,
+    TrialLost,
+    TrialStarted,
+)
 from bt_ray.report.table import percent
 from bt_ray.strategy import prefixes
 
@@ -60,7 +69,7 @@ class Progress:
         with self._lock:
             line = "" if self._is_small_news(event) else self._line(event)
             self._note(event)
-            if line and (self._live is None or isinstance(event, StepFinished | TrialLost)):
+            if line and (self._live is None or isinstance(event, StepFinished | TrialLost | ServerReplaced)):
                 self._console.print(f"[{self._clock()}] {line}", highlight=False, markup=False, soft_wrap=True)
 
     def _note(self, event: Event) -> None:
@@ -83,6 +92,8 @@ class Progress:
                 self._servers.pop(server, None)
             case ServerChanged(server):
                 self._servers[server] = event
+            case ServerReplaced():
+                pass
 
     def _is_small_news(self, event: Event) -> bool:
         """Whether `event` is only a training's next step, too soon after the last one told to be a line of its own."""
@@ -112,6 +123,8 @@ class Progress:
             case ServerChanged(server, state, weights_id, holder, detail):
                 by = f" for {holder}" if holder else ""
                 line = f"server {server}: {state} {weights_id or ''}{by}{', ' + detail if detail else ''}"
+            case ServerReplaced(server, reason):
+                line = f"server {server}: started anew: {reason}"
         return line
 
     def _clock(self) -> str:

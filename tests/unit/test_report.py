@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from bt_ray.events import ServerChanged, Stage, StepFinished, TrialEnded, TrialStarted
+from bt_ray.events import ServerChanged, ServerReplaced, Stage, StepFinished, TrialEnded, TrialStarted
 from bt_ray.report.progress import Progress
 from bt_ray.report.table import closing_lines, result_table
 from bt_ray.results import Candidate, SweepResult, TrialResult
@@ -17,6 +17,7 @@ EVENTS = [
     StepFinished("p -> w", "", 0.0, 0.0, 12.0),
     ServerChanged(0, "training", "m-ft-1", "trial p -> w", "step 3/100, loss 0.3"),
     ServerChanged(0, "training", "m-ft-1", "trial p -> w", "step 4/100, loss 0.2"),
+    ServerReplaced(0, "its actor died"),
     StepFinished("p -> w", "p", 36.0, 36.0, 100.0),
     TrialEnded("w [x]", "RuntimeError: no [y]"),
 ]
@@ -39,6 +40,7 @@ def test_without_a_terminal_each_event_is_a_plain_line() -> None:
         'strategy "w [x]": started',
         'strategy "p -> w": baseline 0.0 % (best 0.0 %), in 12 s',
         "server 0: training m-ft-1 for trial p -> w, step 3/100, loss 0.3",
+        "server 0: started anew: its actor died",
         'strategy "p -> w": step p 36.0 % (best 36.0 %), in 100 s',
         'strategy "w [x]": ended early: RuntimeError: no [y]',
     ]
@@ -46,7 +48,14 @@ def test_without_a_terminal_each_event_is_a_plain_line() -> None:
 
 def test_in_a_terminal_a_live_table_shows_every_trial_and_server() -> None:
     text = shown(terminal=True)
-    for part in ("Running 2 strategies", "0.0 %, 36.0 %", "step p -> w", "ended early: RuntimeError: no [y]", "step 4/100"):
+    for part in (
+        "Running 2 strategies",
+        "0.0 %, 36.0 %",
+        "step p -> w",
+        "ended early: RuntimeError: no [y]",
+        "step 4/100",
+        "its actor",
+    ):
         assert part in text
 
 
