@@ -178,9 +178,8 @@ def test_a_damaged_copy_on_a_nodes_disk_is_copied_again(host: Host) -> None:
 
 
 def test_a_fresh_start_that_answers_otherwise_than_before_is_an_error(host: Host) -> None:
+    host.slot().serve(host.base)
     slot = host.slot()
-    slot.serve(host.base)
-    slot.stop()
     record = host.run_dir / "canaries" / f"{host.base.id}.json"
     ((platform, answers),) = json.loads(record.read_text()).items()
     answers[1][0] -= 1e-6
