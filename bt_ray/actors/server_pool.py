@@ -144,7 +144,7 @@ class ServerPool:
         return list(await asyncio.gather(*(self._view(number) for number in servers)))
 
     async def events(self, session: str, after: int) -> "tuple[str, list[tuple[int, LeaseChanged | ServerDid]]]":
-        """What happened since event `after` of this session; a pool that was started again begins another session."""
+        """What happened since event `after` of the named session; a pool that was started again begins another session."""
         if session == self._session:
             while self._events and self._events[0][0] <= after:
                 self._events.popleft()
