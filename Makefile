@@ -4,6 +4,9 @@
 # make lint    sets everything up, then lint, format and types
 # make clean   removes what the other targets made
 
+# Tests wait for processes most of the time; those with vLLM form a group, of which one runs at a time.
+SIDE_BY_SIDE = -n 2 --dist loadgroup
+
 .PHONY: demo test test-long lint clean
 
 demo:
@@ -12,11 +15,11 @@ demo:
 
 test:
 	@scripts/setup.sh
-	@.venv/bin/python -m pytest -m "not long"
+	@.venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "not long"
 
 test-long:
 	@scripts/setup.sh
-	@.venv/bin/python -m pytest -m long
+	@.venv/bin/python -m pytest $(SIDE_BY_SIDE) -m long
 
 lint:
 	@scripts/setup.sh

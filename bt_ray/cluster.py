@@ -94,6 +94,7 @@ def opened_pool(config: SweepConfig, run_dir: str, needed: int, own: bool, tell:
             turn_s=server.turn_s,
             idle_timeout_s=server.idle_timeout_s,
             stays_up=server.server_while_training != "stop",
+            adapters=server.adapters,
         ),
         initial,
     )

@@ -59,6 +59,13 @@ class ServerConfig(BaseModel):
     """Seconds that requests under way may still take when a server goes to other weights; then they end with an error."""
     stall_timeout_s: float = Field(60, gt=0)
     """Seconds without an answer, while requests are under way, after which a server is asked for a single token."""
+    fine_tunes: Literal["auto", "merged", "adapters"] = "auto"
+    """What LoRA leaves and a server loads: `merged` checkpoints, one at a time, or `adapters` (experimental), several of
+    which a server serves at once beside their base. `auto`: merged."""
+    max_loras: int = Field(4, ge=1)
+    """Adapters that a server serves at once."""
+    max_lora_rank: int = Field(16, ge=1)
+    """Rank of an adapter, at most; vLLM takes 1, 8, 16, 32, 64, 128, 256, 320 and 512."""
     while_training: Literal["auto", "keep", "stop", "sleep"] = "auto"
     """What the slot's server does during a training: `keep` its memory, `stop`, or `sleep` (experimental, GPU). `auto`:
     keep it on CPU, stop it on GPU."""
@@ -89,6 +96,11 @@ class ServerConfig(BaseModel):
     def engine_options(self) -> dict[str, Any]:
         """The options of vLLM itself, as written."""
         return dict(self.__pydantic_extra__ or {})
+
+    @property
+    def adapters(self) -> int:
+        """Adapters that a server serves at once; 0 where fine-tunes are merged."""
+        return self.max_loras if self.fine_tunes == "adapters" else 0
 
     @property
     def compute_threads(self) -> int:

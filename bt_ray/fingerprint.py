@@ -128,7 +128,7 @@ def step_parts(
     }
     if isinstance(optimizer, FinetuneTeleprompter):
         parts |= {
-            "train": digest(config.train.of_the_result()),
+            "train": digest([config.train.of_the_result(), config.server.adapters > 0]),
             "versions of the trainer": digest(versions(TRAINING_VERSIONS)),
         }
     return parts

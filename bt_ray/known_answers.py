@@ -64,7 +64,7 @@ class KnownAnswers:
         Raises:
             Unverified: An engine of the same platform answered otherwise.
         """
-        answered, platform = server.logprobs(expected.sequences)
+        answered, platform = server.logprobs(expected.weights_id, expected.sequences)
         self._compare(expected, answered, platform)
         self._keep(expected, answered, platform)
 
@@ -74,7 +74,7 @@ class KnownAnswers:
         Raises:
             Unverified: It answers otherwise than it should, or nothing tells how it should.
         """
-        answered, platform = server.logprobs(expected.sequences)
+        answered, platform = server.logprobs(expected.weights_id, expected.sequences)
         if not self._compare(expected, answered, platform):
             if expected.trainer is None or not expected.trainer.discriminating:
                 raise Unverified("nothing tells yet how these weights answer here")

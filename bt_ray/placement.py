@@ -7,7 +7,8 @@ A lease is shared, for requests to given weights, or exclusive, for a training. 
 they were asked for, except that one which is no burden to those before it need not wait for them. The preference is: a free
 server that serves the weights already; a free one with the same base (a swap); one with no model in it (a start); growth
 up to the limit; a free one with another base (a relaunch); sharing; else a server whose turn is over is taken back from
-its shared leases, between two requests, so that nobody waits for ever.
+its shared leases, between two requests, so that nobody waits for ever. Where fine-tunes are adapters a server serves their
+base and several of them, so leases for different weights share it too.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,6 +29,7 @@ class Policy:
         patience_s: Seconds that a lease waits for growth before a worse server than a new one is taken for it.
         idle_timeout_s: Seconds after which an idle server above the minimum is released.
         stays_up: Whether a server keeps its model during a training.
+        adapters: LoRA adapters that a server serves at once, beside their base; 0 where it serves one version.
     """
 
     limit: int
@@ -36,6 +38,7 @@ class Policy:
     patience_s: float = 30.0
     idle_timeout_s: float = 300.0
     stays_up: bool = True
+    adapters: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Server:
     Attributes:
         number: Never used for two servers.
         state: What it does.
-        weights: What it serves, or is going to serve; None when that is not known, or when it has no model.
+        serving: What it serves, or is going to serve, by id; empty when that is not known, or when it has no model.
         base: The base of the model in it, None when there is none.
         leases: The shared leases on it.
         granted: Those of them that were told so.
@@ -85,7 +88,7 @@ class Server:
 
     number: int
     state: State = State.PLACING
-    weights: Weights | None = None
+    serving: dict[str, Weights] = field(default_factory=dict)
     base: str | None = None
     leases: dict[int, Ask] = field(default_factory=dict)
     granted: set[int] = field(default_factory=set)
@@ -99,7 +102,7 @@ class Server:
         return self.state is State.READY and not self.leases and self.training is None
 
     def serves(self, weights: Weights) -> bool:
-        return self.weights is not None and self.weights.id == weights.id
+        return weights.id in self.serving
 
     def drop_leases(self) -> list[Ask]:
         dropped = list(self.leases.values())
@@ -117,10 +120,11 @@ class Grow:
 
 @dataclass(frozen=True)
 class Serve:
-    """Bring a server to these weights: a start, a swap or a relaunch. Tell `served` or `failed`."""
+    """Bring a server to these weights, and those beside them: a start, a swap or a relaunch. Tell `served` or `failed`."""
 
     server: int
     weights: Weights
+    beside: tuple[Weights, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -213,32 +217,33 @@ class Placement:
     def served(self, number: int, now: float) -> None:
         """A server serves what it was to serve."""
         if (server := self.servers.get(number)) is not None and server.state is State.CHANGING:
-            server.state, server.since, server.idle_since = State.READY, now, now
+            server.state, server.idle_since = State.READY, now
             server.incarnation += 1
+            if not server.granted:  # else a turn goes on
+                server.since = now
 
     def failed(self, number: int, now: float) -> list[Ask]:
         """A server could not be brought to serve what it was to serve. Returns the leases that fail with it."""
         if (server := self.servers.get(number)) is None:
             return []
         server.state, server.idle_since = State.READY, now
-        server.weights = server.base = None
+        server.serving, server.base = {}, None
         server.incarnation += 1
         return server.drop_leases()
 
     def lost(self, number: int, incarnation: int) -> None:
         """A holder could not reach a server, as it was at that time. It is looked at, and brought back."""
         server = self.servers.get(number)
-        if server is None or server.incarnation != incarnation or server.state is not State.READY or server.weights is None:
+        if server is None or server.incarnation != incarnation or server.state is not State.READY or not server.serving:
             return
         if server.training is None:
-            server.state = State.CHANGING
-            self._actions.append(Serve(number, server.weights))
+            self._serve(server, *server.serving.values())
 
     def stopped(self, number: int, now: float) -> None:
         """What ran on a server has ended, its model too."""
         if (server := self.servers.get(number)) is not None:
             server.state, server.idle_since = State.READY, now
-            server.weights = server.base = None
+            server.serving, server.base = {}, None
 
     def died(self, number: int) -> list[Ask]:
         """A server is gone. Returns the leases that were on it; those that were not granted yet wait again."""
@@ -292,7 +297,13 @@ class Placement:
     def _shareable(self, ask: Ask) -> list[Server]:
         usable = (State.READY, State.CHANGING)
         servers = [s for s in self.servers.values() if s.state in usable and s.training is None]
-        return [server for server in servers if server.serves(ask.weights)]
+        return [server for server in servers if server.serves(ask.weights) or self._has_room(server, ask.weights)]
+
+    def _has_room(self, server: Server, weights: Weights) -> bool:
+        """Whether a server can take an adapter beside all that its leases are for."""
+        if weights.on is None or server.state is not State.READY or server.base != weights.base or not server.leases:
+            return False
+        return sum(other.on is not None for other in _leased(server).values()) < self.policy.adapters
 
     def _turn_over(self, ask: Ask, now: float) -> Server | None:
         """A server that is to be taken back from its shared leases for `ask`."""
@@ -306,18 +317,25 @@ class Placement:
         return (wanted, server.base is not None and not self.policy.stays_up, server.idle_since)
 
     def _give(self, server: Server, ask: Ask) -> None:
-        if ask.exclusive or not server.serves(ask.weights):
+        stay = server.serves(ask.weights) or self._has_room(server, ask.weights)
+        if ask.exclusive or not stay:
             self._actions += [Revoke(dropped, server.number) for dropped in server.drop_leases()]
         if ask.exclusive:
-            server.training, server.weights = ask, None
+            server.training, server.serving = ask, {}
             if not self.policy.stays_up:
                 server.base = None
             self._actions.append(Grant(ask, server.number))
             return
         if not server.serves(ask.weights):
-            server.state, server.weights, server.base = State.CHANGING, ask.weights, ask.weights.base
-            self._actions.append(Serve(server.number, ask.weights))
+            self._serve(server, ask.weights, *_leased(server).values())
         server.leases[ask.lease] = ask
+
+    def _serve(self, server: Server, weights: Weights, *beside: Weights) -> None:
+        if weights.on is not None and weights.on not in beside:
+            beside = (*beside, weights.on)
+        server.state, server.base = State.CHANGING, weights.base
+        server.serving = {served.id: served for served in (weights, *beside)}
+        self._actions.append(Serve(server.number, weights, beside))
 
     def _release_idle(self, now: float) -> None:
         if self.waiting:
@@ -331,6 +349,11 @@ class Placement:
     def _holder(self, lease: int) -> str | None:
         asks = [*self.waiting, *(ask for server in self.servers.values() for ask in server.leases.values())]
         return next((ask.holder for ask in asks if ask.lease == lease), None)
+
+
+def _leased(server: Server) -> dict[str, Weights]:
+    """What a server's leases are for, by id."""
+    return {ask.weights.id: ask.weights for ask in server.leases.values()}
 
 
 def _first(servers: Iterable[Server], key: Callable[[Server], tuple[float | bool, ...]]) -> Server | None:

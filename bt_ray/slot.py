@@ -1,7 +1,8 @@
 """One slot: some GPUs, or some CPU cores, for one model: it serves, or it trains.
 
-A server goes to other weights of the same architecture in place, and answers nothing before it is seen to answer as those
-do; whatever fails falls back to a start. On CPU it stays up, closed, while the slot trains.
+A server goes to other weights of the same architecture in place, or takes adapters beside its base, and answers nothing
+before it is seen to answer as those do; whatever fails falls back to a start. On CPU it stays up, closed, while the slot
+trains.
 
 Without Ray. `bt_ray.actors.model_server` puts a slot into an actor; `bt_ray.load` uses one directly.
 """
@@ -109,25 +110,30 @@ class Slot:
         self._status = SlotStatus(since=time.time())
         self._watch: Watch | None = None
 
-    def serve(self, weights: Weights) -> Endpoint:
+    def serve(self, weights: Weights, beside: Sequence[Weights] = ()) -> Endpoint:
         """Serve `weights`, and return where.
+
+        Args:
+            weights: What is to be served.
+            beside: What is to be served as well: the base of adapters, and other adapters on it.
 
         Raises:
             ServerError: The server did not start, does not answer as these weights do, or `stop` was called meanwhile.
             StorageError: The weights cannot be read, or are damaged.
         """
         stops, began = self._stops, time.monotonic()
+        wanted = [weights, *beside]
         with self._turn:
-            how, reason = self._how(weights)
+            how, reason = self._how(wanted)
             if how == "swap":
                 try:
-                    self._swap(weights)
+                    self._swap(wanted)
                 except BtRayError as error:
                     how, reason = "start", f"A swap to {weights.id} failed: {error}"
                     logger.warning("Slot %s: %s", self.name, reason)
             if how == "start":
                 self._stop_server()
-                self._start(weights, stops)
+                self._start(wanted, stops)
             assert self._server is not None
             if how == "reopened":
                 self._server.open()
@@ -137,10 +143,10 @@ class Slot:
                 self._watch_server()
             else:
                 self.change = Change(how, time.monotonic() - began)
-            return self._server.endpoint
+            return self._server.endpoint(weights)
 
-    def _how(self, weights: Weights) -> tuple[str, str]:
-        """What it takes to serve `weights`, and why more than a swap where a server is there."""
+    def _how(self, wanted: Sequence[Weights]) -> tuple[str, str]:
+        """What it takes to serve these weights, and why more than a swap where a server is there."""
         server = self._server
         if server is None:
             return "start", ""
@@ -153,45 +159,71 @@ class Slot:
             server.probe(self._config.stall_timeout_s)
         except ServerError as error:
             return "start", f"The engine gives no token: {error}\n{server.log_tail()}"
-        if server.weights.id == weights.id:
+        missing = [weights for weights in wanted if not server.has(weights)]
+        if not missing:
             return ("kept" if server.is_open else "reopened"), ""
-        if server.weights.base != weights.base:
+        if server.weights.base != missing[0].base or (self._config.adapters and missing[0].on is None):
             return "start", "It served another model."
         return "swap", ""
 
-    def _swap(self, weights: Weights) -> None:
-        """Bring the server to other weights of the same architecture; it answers nothing until it is seen to have them."""
+    def _swap(self, wanted: Sequence[Weights]) -> None:
+        """Bring the server to weights that it lacks, in place; it answers nothing until it is seen to have them."""
         server = self._server
         assert server is not None
         with ExitStack() as opened:
-            loadable = opened.enter_context(self._weights.loadable(weights))
-            expected = self._answers.expected(loadable)
-            if not expects_swap(expected):
-                raise Unverified("nothing tells yet how these weights answer")
-            folder = checkpoint_folder(loadable)
-            if folder is None or self._layout is None:
-                raise ServerError("the checkpoints cannot be compared, since one is not on this machine's disk")
-            if (different := layout_difference(read_layout(folder), self._layout)) is not None:
-                raise ServerError(f"{folder} does not fit the model: {different}")
-            self._enter("swapping", weights.id, pid=server.pid)
-            self._end_watch()
-            server.close()
-            server.load(replace(loadable, path=str(folder)))
-            self._answers.check_swapped(server, expected)
+            lacking = [weights for weights in wanted if not server.has(weights)]
+            missing = [opened.enter_context(self._weights.loadable(weights)) for weights in lacking]
+            if self._config.adapters:
+                self._add_adapters(server, missing, {weights.id for weights in wanted})
+            else:
+                self._replace_checkpoint(server, *missing)
+                self._loaded.close()
             server.open()
-            self._loaded.close()
-            self._loaded = opened.pop_all()
+            self._loaded.push(opened.pop_all())
 
-    def _start(self, weights: Weights, stops: int) -> None:
-        """Start a server on `weights`, whose files are seen to be whole."""
-        self._enter("starting", weights.id)
+    def _replace_checkpoint(self, server: ServerProcess, weights: Weights) -> None:
+        expected = self._answers.expected(weights)
+        if not expects_swap(expected):
+            raise Unverified("nothing tells yet how these weights answer")
+        folder = checkpoint_folder(weights)
+        if folder is None or self._layout is None:
+            raise ServerError("the checkpoints cannot be compared, since one is not on this machine's disk")
+        if (different := layout_difference(read_layout(folder), self._layout)) is not None:
+            raise ServerError(f"{folder} does not fit the model: {different}")
+        self._close_server(server, weights)
+        server.load(replace(weights, path=str(folder)))
+        self._answers.check_swapped(server, expected)
+
+    def _add_adapters(self, server: ServerProcess, adapters: Sequence[Weights], wanted: set[str]) -> None:
+        """Load adapters; where there is no room for them, those go that are not wanted, the oldest first."""
+        for weights in adapters:
+            self._weights.check(weights)
+        self._close_server(server, adapters[0])
+        surplus = len(server.adapters) + len(adapters) - self._config.adapters
+        for old in [name for name in server.adapters if name not in wanted][: max(0, surplus)]:
+            server.drop_adapter(old)
+        for weights in adapters:
+            server.load_adapter(weights)
+            expected = self._answers.expected(weights)
+            # What nothing tells of yet would be loaded by a server that was started for it in the same way.
+            check = self._answers.check_swapped if expects_swap(expected) else self._answers.check_fresh
+            check(server, expected)
+
+    def _close_server(self, server: ServerProcess, weights: Weights) -> None:
+        self._enter("swapping", weights.id, pid=server.pid)
+        self._end_watch()
+        server.close()
+
+    def _start(self, wanted: Sequence[Weights], stops: int) -> None:
+        """Start a server on weights whose files are seen to be whole."""
+        checkpoint = wanted[0].on or wanted[0]
+        self._enter("starting", wanted[0].id)
         try:
-            loadable = self._loaded.enter_context(self._weights.loadable(weights))
-            self._weights.check(loadable)
+            loadable = self._loadable_and_whole(checkpoint)
             expected = self._answers.expected(loadable)
             folder = checkpoint_folder(loadable)
             self._layout = read_layout(folder) if folder is not None and any(folder.glob("*.safetensors")) else None
-            log_file, temporary = self._logs.file(self._log_name(weights)), self._scratch.folder / "tmp"
+            log_file, temporary = self._logs.file(self._log_name(checkpoint)), self._scratch.folder / "tmp"
             temporary.mkdir(exist_ok=True)
             with self._door:
                 self._refuse_stopped(stops)
@@ -201,10 +233,20 @@ class Slot:
             self._status = replace(self._status, pid=self._server.pid)
             self._server.wait_until_healthy()
             self._answers.check_fresh(self._server, expected)
+            for weights in wanted:
+                if weights.on is not None:
+                    adapter = self._loadable_and_whole(weights)
+                    self._server.load_adapter(adapter)
+                    self._answers.check_fresh(self._server, self._answers.expected(adapter))
             self._server.open()
         except BaseException:
             self._stop_server()
             raise
+
+    def _loadable_and_whole(self, weights: Weights) -> Weights:
+        loadable = self._loaded.enter_context(self._weights.loadable(weights))
+        self._weights.check(loadable)
+        return loadable
 
     def train(self, parent: Weights, conversations: Sequence[dict[str, Any]], config: TrainConfig, *, seed: int) -> Weights:
         """Train new weights in this slot. Its server answers nothing meanwhile; `server.while_training` says what it does.
@@ -223,7 +265,7 @@ class Slot:
             StorageError: The weights cannot be read or kept.
         """
         stops = self._stops
-        key = training_key(parent, conversations, config, seed)
+        key = training_key(parent, conversations, config, seed, adapter=self._config.adapters > 0)
         if (finished := self._trainings.finished(key)) is not None and self._is_whole(finished):
             return finished
         with self._turn:
@@ -269,6 +311,7 @@ class Slot:
             weights_id=attempt.weights_id,
             folder=str(attempt.folder),
             output_dir=str(attempt.output),
+            adapter=self._config.adapters > 0,
             checkpoint=None if attempt.checkpoint is None else str(attempt.checkpoint),
             conversations=conversations,
             config=config,

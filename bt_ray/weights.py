@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from bt_ray.errors import ConfigError
 
@@ -32,20 +32,27 @@ class Weights:
             directory until a node made it loadable (`bt_ray.node_weights`).
         parent: The id of the weights that were fine-tuned into these, None for a base model.
         revision: Of a model of the hub; None for its default, and for a folder.
+        on: Of a LoRA adapter: the base model that it is loaded onto. None for a whole checkpoint.
     """
 
     id: str
     path: str
     parent: str | None = None
     revision: str | None = None
+    on: "Weights | None" = None
 
     @property
     def base(self) -> str:
         """The id of the base model that they come from: equal bases, equal architectures."""
         return self.id.partition(FINE_TUNE)[0]
 
-    def to_json(self) -> dict[str, str | None]:
+    def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        on = values.get("on")
+        return cls(**{**values, "on": None if on is None else cls.from_json(on)})
 
 
 def base_weights(model: str, engine_options: Mapping[str, Any]) -> Weights:
@@ -113,4 +120,10 @@ def new_weights_id(parent: Weights) -> str:
 
 def fine_tuned(manifest: Mapping[str, Any]) -> Weights:
     """The weights whose manifest this is. It is written last: without it, nothing is there."""
-    return Weights(id=manifest["id"], path=f"{WEIGHTS}/{manifest['id']}", parent=manifest["parent"])
+    on = manifest.get("on")
+    return Weights(
+        id=manifest["id"],
+        path=f"{WEIGHTS}/{manifest['id']}",
+        parent=manifest["parent"],
+        on=None if on is None else Weights.from_json(on),
+    )

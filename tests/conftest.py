@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from support.object_store import ObjectStore, object_store  # noqa: E402 - the environment comes first
 from support.scripted_model import write_model  # noqa: E402
+from support.slot_host import Host  # noqa: E402
 
 from bt_ray.storage import Directory, Storage, open_storage  # noqa: E402
 
@@ -74,6 +75,14 @@ def request_log(tmp_path: Path) -> Any:
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     return read
+
+
+@pytest.fixture
+def host(settings: dict[str, Any], tmp_path: Path) -> Iterator[Host]:
+    made = Host(settings, tmp_path)
+    yield made
+    for slot in made.slots:
+        slot.close()
 
 
 @pytest.fixture(scope="session")

@@ -38,8 +38,8 @@ class ModelServer:
         host = ray.util.get_node_ip_address() if across_nodes else "127.0.0.1"
         self._slot = Slot(name, config, token=token, host=host, storage=open_storage(run_dir))
 
-    def serve(self, weights: Weights) -> Served:
-        return Served(self._slot.serve(weights), self._slot.change)
+    def serve(self, weights: Weights, beside: Sequence[Weights]) -> Served:
+        return Served(self._slot.serve(weights, beside), self._slot.change)
 
     def train(self, parent: Weights, conversations: Sequence[dict[str, Any]], config: TrainConfig, seed: int) -> Weights:
         return self._slot.train(parent, conversations, config, seed=seed)

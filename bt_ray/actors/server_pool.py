@@ -11,7 +11,7 @@ import itertools
 import secrets
 import time
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -193,8 +193,8 @@ class ServerPool:
                 self._note_server(number, "placing")
                 self._actors[number] = self._created(number)
                 self._run(self._place(number, self._actors[number]))
-            case Serve(number, weights):
-                self._run(self._serve(number, self._actors[number], weights))
+            case Serve(number, weights, beside):
+                self._run(self._serve(number, self._actors[number], weights, beside))
             case Grant(ask, number):
                 self._grant(ask, number)
             case Revoke(ask, number):
@@ -245,10 +245,10 @@ class ServerPool:
         server = self._placement.servers.get(number)
         return list(server.leases.values()) if server is not None else []
 
-    async def _serve(self, number: int, actor: "ActorHandle[Any]", weights: Weights) -> None:
+    async def _serve(self, number: int, actor: "ActorHandle[Any]", weights: Weights, beside: tuple[Weights, ...]) -> None:
         began = time.monotonic()
         try:
-            served: Served = await _told(actor.serve, weights)
+            served: Served = await _told(actor.serve, weights, beside)
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, BtRayError) else InfrastructureError(_reason(error))
             self._note_server(number, "failed", weights.id, time.monotonic() - began, str(cause))
@@ -270,7 +270,7 @@ class ServerPool:
         self._note_lease("granted", ask, number)
         if ask.exclusive:
             self._note_server(number, "training", ask.weights.id)
-        endpoint = None if ask.exclusive else self._endpoints[number]
+        endpoint = None if ask.exclusive else replace(self._endpoints[number], weights_id=ask.weights.id)
         future = self._waiting.pop(ask.lease, None)
         if future is not None and not future.done():
             future.set_result(Lease(ask.lease, number, server.incarnation, endpoint, self._actors[number]))
@@ -314,7 +314,7 @@ class ServerPool:
         server, actor = self._placement.servers[number], self._actors.get(number)
         asks = [*server.leases.values(), *([server.training] if server.training else [])]
         holders = tuple(dict.fromkeys(ask.holder.partition("#")[0] for ask in asks))
-        state, weights_id, detail = server.state.value, server.weights.id if server.weights else None, ""
+        state, weights_id, detail = server.state.value, next(iter(server.serving), None), ""
         if server.state is not State.PLACING and actor is not None:
             with contextlib.suppress(RayError, TimeoutError):
                 status = await asyncio.wait_for(asyncio.wrap_future(actor.status.remote().future()), STATUS_S)

@@ -15,8 +15,14 @@ class Engine(Protocol):
     async def load(self, path: str) -> None:
         """Load the checkpoint in this folder in place of what is loaded, and forget what was computed with that."""
 
-    async def logprobs(self, tokens: Sequence[int]) -> list[float]:
-        """The log-probability of each token but the first, given those before it."""
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Load the LoRA adapter in this folder beside what is loaded, under a name that is never used for two."""
+
+    async def drop_adapter(self, name: str) -> None:
+        """Forget an adapter."""
+
+    async def logprobs(self, tokens: Sequence[int], adapter: str | None) -> list[float]:
+        """The log-probability of each token but the first, given those before it, by the checkpoint or an adapter on it."""
 
     async def probe(self) -> None:
         """Return when the engine has given a token, to whomever."""
@@ -40,10 +46,12 @@ class VllmEngine:
 
     Args:
         client: `vllm.v1.engine.async_llm.AsyncLLM`.
+        models: `vllm.entrypoints.openai.models.serving.OpenAIServingModels`, which knows what names requests may use.
     """
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, models: Any) -> None:
         self._client = client
+        self._models = models
         self._numbers = itertools.count()
 
     async def load(self, path: str) -> None:
@@ -51,8 +59,20 @@ class VllmEngine:
         if not await self._client.reset_prefix_cache():
             raise RuntimeError("the prefix cache was not dropped")
 
-    async def logprobs(self, tokens: Sequence[int]) -> list[float]:
-        output = await self._generated(tokens, prompt_logprobs=0)
+    async def load_adapter(self, name: str, path: str) -> None:
+        from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+
+        answer = await self._models.load_lora_adapter(LoadLoRAAdapterRequest(lora_name=name, lora_path=path))
+        if not isinstance(answer, str):
+            raise RuntimeError(answer.error.message)
+
+    async def drop_adapter(self, name: str) -> None:
+        adapter = self._models.lora_requests.pop(name, None)
+        if adapter is not None:
+            await self._client.remove_lora(adapter.lora_int_id)
+
+    async def logprobs(self, tokens: Sequence[int], adapter: str | None) -> list[float]:
+        output = await self._generated(tokens, adapter, prompt_logprobs=0)
         return [
             float(known[token].logprob)
             for token, known in zip(tokens, output.prompt_logprobs, strict=True)
@@ -62,7 +82,7 @@ class VllmEngine:
     async def probe(self) -> None:
         # A full engine may keep a new request waiting for minutes: that others get tokens will do.
         before = _tokens_computed()
-        token = asyncio.ensure_future(self._generated([1, 2, 3, 4]))
+        token = asyncio.ensure_future(self._generated([1, 2, 3, 4], None))
         try:
             while not (await asyncio.wait({token}, timeout=PROGRESS_S))[0]:
                 if _tokens_computed() > before:
@@ -79,8 +99,8 @@ class VllmEngine:
         on_gpu = torch.cuda.is_available() and config.device_config.device_type == "cuda"
         device = torch.cuda.get_device_name() if on_gpu else f"{_processor()}, {os.environ.get('OMP_NUM_THREADS')} threads"
         ranks = config.parallel_config.tensor_parallel_size
-        kind = "gpu" if on_gpu else "cpu"
-        return f"{kind}: vllm {vllm.__version__}, {device}, {config.model_config.dtype}, {ranks} ranks"
+        kind, adapters = "gpu" if on_gpu else "cpu", ", adapters" if config.lora_config is not None else ""
+        return f"{kind}: vllm {vllm.__version__}, {device}, {config.model_config.dtype}, {ranks} ranks{adapters}"
 
     async def sleep(self) -> None:
         await self._client.sleep(level=1)
@@ -88,21 +108,23 @@ class VllmEngine:
     async def wake(self) -> None:
         await self._client.wake_up()
 
-    async def _generated(self, tokens: Sequence[int], **sampling: Any) -> Any:
+    async def _generated(self, tokens: Sequence[int], adapter: str | None, **sampling: Any) -> Any:
         from vllm import SamplingParams
 
         parameters = SamplingParams(temperature=0.0, max_tokens=1, **sampling)
         name = f"bt-ray-{next(self._numbers)}"
+        lora = None if adapter is None else self._models.lora_requests[adapter]
         last = None
-        async for output in self._client.generate({"prompt_token_ids": list(tokens)}, parameters, name):
+        async for output in self._client.generate({"prompt_token_ids": list(tokens)}, parameters, name, lora_request=lora):
             last = output
         if last is None:
             raise RuntimeError("the engine gave no answer")
         return last
 
 
-def vllm_engine(client: Any) -> Engine:
-    return VllmEngine(client)
+def vllm_engine(state: Any) -> Engine:
+    """The engine of vLLM's server, whose application has this state."""
+    return VllmEngine(state.engine_client, state.openai_serving_models)
 
 
 def _tokens_computed() -> float:

@@ -2,10 +2,10 @@
 
 An ASGI middleware that vLLM loads (`--middleware bt_ray.serving.guard.Guard`), outermost. It refuses whoever does not
 bear the sweep's token (401), any route that is not on its list (404), a request for weights other than the ones that are
-loaded (409, with both ids), and every prompt while the server is closed (503). It starts closed. Its own control routes are
-what a change of weights is made of: `close` (refuse prompts, and wait until none is under way), `load`, `canary`, `open`;
-its owner, `bt_ray.serving.server`, calls them in this order and decides between them. So a request is admitted under the
-weights that are loaded, and they cannot change until it is answered.
+served (409, with both ids), and every prompt while the server is closed (503). It starts closed. Its own control routes are
+what a change of weights is made of: `close` (refuse prompts, and wait until none is under way), `load` or `load_adapter`,
+`canary`, `open`; its owner, `bt_ray.serving.server`, calls them in this order and decides between them. So a request is
+admitted under weights that are loaded, and they cannot change until it is answered.
 
 It runs inside the vLLM process and imports nothing but the standard library and what stands beside it.
 """
@@ -27,7 +27,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 TOKEN_VARIABLE = "BT_RAY_SERVER_TOKEN"  # noqa: S105 - the name of a variable, not a token
 SERVED_NAME = "bt-ray"
-"""The model name that vLLM itself knows. Clients use the id of the weights; the guard checks and rewrites it."""
+"""The model name that vLLM itself knows of its checkpoint; an adapter has its id there. Clients use the id of the weights,
+which the guard checks and rewrites."""
 REFUSED = "refused"
 """The code of the guard's own answers: it tells them from those of the server behind it."""
 
@@ -41,7 +42,7 @@ OPEN_ROUTES = {
 """Routes that anyone with the token may call. Everything that takes a prompt is in `PROMPT_ROUTES`."""
 
 PROMPT_ROUTES = {("POST", "/v1/chat/completions"), ("POST", "/v1/completions")}
-"""Routes whose JSON body names a model: the body must name the weights that are loaded."""
+"""Routes whose JSON body names a model: the body must name weights that are served."""
 
 
 class Guard:
@@ -55,8 +56,8 @@ class Guard:
 
     def __init__(self, app: App, token: str | None = None, engine: Engine | None = None) -> None:
         self.app = app
-        self.weights_id: str | None = None
-        """Of the weights that are loaded, since the server was opened with them."""
+        self.serving: dict[str, str] = {}
+        """The ids of the weights that are served, since the server was opened with them, and their names in the engine."""
         self._is_open = False
         self._token = os.environ[TOKEN_VARIABLE] if token is None else token
         self._engine = engine
@@ -67,6 +68,8 @@ class Guard:
             ("GET", "/bt_ray/status"): self._status,
             ("POST", "/bt_ray/close"): self._close,
             ("POST", "/bt_ray/load"): self._load,
+            ("POST", "/bt_ray/load_adapter"): self._load_adapter,
+            ("POST", "/bt_ray/drop_adapter"): self._drop_adapter,
             ("POST", "/bt_ray/canary"): self._canary,
             ("POST", "/bt_ray/open"): self._open,
             ("POST", "/bt_ray/probe"): self._probe,
@@ -105,11 +108,13 @@ class Guard:
         if not self._is_open:
             await _refuse(send, 503, "This server is closed: it goes to other weights, or its slot trains.", asked=asked)
             return
-        if asked != self.weights_id:
-            message = f"This server serves weights {self.weights_id!r}; the request asks for {asked!r}."
-            await _refuse(send, 409, message, serving=self.weights_id, asked=asked)
+        name = self.serving.get(asked) if isinstance(asked, str) else None
+        if name is None:
+            serving = ", ".join(self.serving)
+            message = f"This server serves weights {serving!r}; the request asks for {asked!r}."
+            await _refuse(send, 409, message, serving=serving, asked=asked)
             return
-        request["model"] = SERVED_NAME
+        request["model"] = name
         rewritten = json.dumps(request).encode()
         await self._count(self.app, _with_length(scope, rewritten), _replay(rewritten, receive), send)
 
@@ -137,7 +142,7 @@ class Guard:
 
     async def _answer_owner(self, route: tuple[str, str], scope: Scope, receive: Receive, send: Send) -> None:
         if self._engine is None:
-            self._engine = vllm_engine(scope["app"].state.engine_client)
+            self._engine = vllm_engine(scope["app"].state)
         try:
             body = json.loads(await _body(receive) or b"{}") if route[0] == "POST" else {}
             await _reply(send, 200, await self._control[route](self._engine, body))
@@ -146,7 +151,7 @@ class Guard:
 
     async def _status(self, engine: Engine, body: dict[str, Any]) -> dict[str, Any]:
         return {
-            "weights_id": self.weights_id,
+            "serving": list(self.serving),
             "open": self._is_open,
             "in_flight": len(self._in_flight),
             "answered": self._answered,
@@ -167,17 +172,29 @@ class Guard:
 
     async def _load(self, engine: Engine, body: dict[str, Any]) -> dict[str, Any]:
         self._refuse_open()
-        self.weights_id = None
+        self.serving = {}
         await engine.load(body["path"])
+        return {}
+
+    async def _load_adapter(self, engine: Engine, body: dict[str, Any]) -> dict[str, Any]:
+        self._refuse_open()
+        await engine.load_adapter(body["name"], body["path"])
+        return {}
+
+    async def _drop_adapter(self, engine: Engine, body: dict[str, Any]) -> dict[str, Any]:
+        self._refuse_open()
+        self.serving = {}
+        await engine.drop_adapter(body["name"])
         return {}
 
     async def _canary(self, engine: Engine, body: dict[str, Any]) -> dict[str, Any]:
         self._refuse_open()
-        return {"logprobs": [await engine.logprobs(tokens) for tokens in body["sequences"]], "platform": engine.platform()}
+        rows = [await engine.logprobs(tokens, body["adapter"]) for tokens in body["sequences"]]
+        return {"logprobs": rows, "platform": engine.platform()}
 
     async def _open(self, engine: Engine, body: dict[str, Any]) -> dict[str, Any]:
         self._refuse_open()
-        self.weights_id, self._is_open = body["weights_id"], True
+        self.serving, self._is_open = body["serving"], True
         return {}
 
     async def _probe(self, engine: Engine, body: dict[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,8 @@ class ServerProcess:
         temporary: A folder for its temporary files.
 
     Attributes:
-        weights: What is loaded.
+        weights: The checkpoint that is loaded.
+        adapters: What is loaded on it, by id; the one that was asked for last comes last.
         is_open: Whether prompts are answered.
     """
 
@@ -58,6 +59,7 @@ class ServerProcess:
         self, weights: Weights, config: ServerConfig, *, token: str, host: str, log_file: Path, temporary: Path
     ) -> None:
         self.weights = weights
+        self.adapters: dict[str, Weights] = {}
         self.is_open = False
         self._timeout_s = config.start_timeout_s
         self._drain_s = config.drain_timeout_s
@@ -71,12 +73,15 @@ class ServerProcess:
                 passed_socket=listening,
             )
         self._url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        self._client = httpx.Client(base_url=self._url, headers=self.endpoint.headers, trust_env=False)
+        self._client = httpx.Client(base_url=self._url, headers=self.endpoint(weights).headers, trust_env=False)
 
-    @property
-    def endpoint(self) -> Endpoint:
-        """Where the weights that are loaded answer."""
-        return Endpoint(self._url, self.weights.id, self._token)
+    def endpoint(self, weights: Weights) -> Endpoint:
+        """Where weights that are loaded answer."""
+        return Endpoint(self._url, weights.id, self._token)
+
+    def has(self, weights: Weights) -> bool:
+        """Whether these weights are loaded."""
+        return weights.id == self.weights.id or weights.id in self.adapters
 
     def wait_until_healthy(self) -> Self:
         """Return when the server answers.
@@ -118,14 +123,25 @@ class ServerProcess:
         self._control("load", path=weights.path)
         self.weights = weights
 
-    def logprobs(self, sequences: Sequence[Sequence[int]]) -> tuple[list[list[float]], str]:
+    def load_adapter(self, weights: Weights) -> None:
+        """Load a loadable adapter beside what is loaded. The server is closed."""
+        self._control("load_adapter", name=weights.id, path=weights.path)
+        self.adapters[weights.id] = weights
+
+    def drop_adapter(self, weights_id: str) -> None:
+        """Forget an adapter. The server is closed."""
+        self._control("drop_adapter", name=weights_id)
+        del self.adapters[weights_id]
+
+    def logprobs(self, weights_id: str, sequences: Sequence[Sequence[int]]) -> tuple[list[list[float]], str]:
         """Of each token but the first, for each sequence, and the platform that they hold for. The server is closed."""
-        answer = self._control("canary", sequences=sequences)
+        adapter = weights_id if weights_id in self.adapters else None
+        answer = self._control("canary", adapter=adapter, sequences=sequences)
         return answer["logprobs"], answer["platform"]
 
     def open(self) -> None:
         """Answer prompts for the weights that are loaded."""
-        self._control("open", weights_id=self.weights.id)
+        self._control("open", serving={self.weights.id: SERVED_NAME, **{name: name for name in self.adapters}})
         self.is_open = True
 
     def sleep(self) -> None:
@@ -196,6 +212,8 @@ def server_command(weights: Weights, config: ServerConfig, listen_fd: int) -> li
         "middleware": "bt_ray.serving.guard.Guard",
         "disable_uvicorn_access_log": True,
     }
+    if config.adapters:
+        options |= {"enable_lora": True, "max_loras": config.max_loras, "max_lora_rank": config.max_lora_rank}
     if config.gpus > 1:
         options["tensor_parallel_size"] = int(config.gpus)
     if config.server_while_training == "sleep":

@@ -30,6 +30,7 @@ class TrainJob:
             last message is what to learn; `progress.jsonl` gets a line for each optimizer step; `checkpoints/` what it can
             go on from.
         output_dir: The folder for the result: safetensors, tokenizer, manifest.
+        adapter: Whether the result is the LoRA adapter alone, rather than a whole checkpoint.
         checkpoint: The checkpoint to go on from, None for the beginning.
         conversations: Their number.
         config: `[train]`.
@@ -42,6 +43,7 @@ class TrainJob:
     weights_id: str
     folder: str
     output_dir: str
+    adapter: bool
     checkpoint: str | None
     conversations: int
     config: TrainConfig
@@ -56,9 +58,8 @@ class TrainJob:
     @classmethod
     def read(cls, path: Path) -> Self:
         values = json.loads(path.read_text())
-        return cls(
-            **{**values, "parent": Weights(**values["parent"]), "config": TrainConfig.model_validate(values["config"])}
-        )
+        parent, config = Weights.from_json(values["parent"]), TrainConfig.model_validate(values["config"])
+        return cls(**{**values, "parent": parent, "config": config})
 
     @property
     def file(self) -> Path:
@@ -100,12 +101,21 @@ def check_trainable(config: ServerConfig, train: TrainConfig) -> None:
             f"train.batch_size = {train.batch_size} cannot be shared out over the {config.gpus:g} GPUs of a slot: "
             "make it a multiple."
         )
+    if config.adapters and train.method != "lora":
+        raise ConfigError('server.fine_tunes = "adapters" needs train.method = "lora": a full fine-tune leaves no adapter.')
+    if config.adapters and train.lora_rank > config.max_lora_rank:
+        raise ConfigError(
+            f"train.lora_rank = {train.lora_rank} is more than server.max_lora_rank = {config.max_lora_rank}, which is what "
+            "the servers load: raise the one or lower the other."
+        )
 
 
-def training_key(parent: Weights, conversations: Sequence[Mapping[str, Any]], config: TrainConfig, seed: int) -> str:
+def training_key(
+    parent: Weights, conversations: Sequence[Mapping[str, Any]], config: TrainConfig, seed: int, *, adapter: bool
+) -> str:
     """Names a fine-tune after all that its result depends on: equal names, equal fine-tunes."""
     versions = {package: _version(package) for package in ("torch", "transformers", "trl", "peft")}
-    text = json.dumps([parent.id, list(conversations), config.of_the_result(), seed, versions], sort_keys=True)
+    text = json.dumps([parent.id, list(conversations), config.of_the_result(), seed, adapter, versions], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

@@ -3,8 +3,8 @@
     python -m bt_ray.training.main JOB_FILE        (under `torch.distributed.run` on several GPUs)
 
 Reads the job and its conversations, trains on the last message of each alone, appends `{"step", "steps", "epoch",
-"loss"}` lines to the progress file, writes checkpoints, and leaves merged safetensors with tokenizer and chat template in
-the job's output folder, the manifest last. Only this module imports torch and trl.
+"loss"}` lines to the progress file, writes checkpoints, and leaves merged safetensors, or the adapter alone, with tokenizer
+and chat template in the job's output folder, the manifest last. Only this module imports torch and trl.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -44,8 +44,9 @@ TENSOR, MAPPING = "__tensor__", "__mapping__"
 def main() -> None:
     job = TrainJob.read(Path(sys.argv[1]))
     torch.manual_seed(job.seed)
-    revision = job.parent.revision or "main"
-    tokenizer = AutoTokenizer.from_pretrained(job.parent.path, revision=revision)
+    checkpoint = job.parent.on or job.parent
+    revision = checkpoint.revision or "main"
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, revision=revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # On CPU, float32 weights under bf16 autocast train 1.6 times as fast as bf16 weights (SmolLM2-135M, 2 cores).
@@ -54,22 +55,25 @@ def main() -> None:
     conversations = trainable_conversations(job, tokenizer)
     if not conversations:
         sys.exit(1)
-    model = AutoModelForCausalLM.from_pretrained(job.parent.path, revision=revision, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, revision=revision, dtype=dtype)
+    if job.parent.on is not None:
+        model = _with_adapter(model, job)
     trainer = (Trainer if job.gpus else CpuTrainer)(
         model=model,
         args=_arguments(job),
         train_dataset=Dataset.from_list(conversations),
         processing_class=tokenizer,
-        peft_config=_lora(job) if job.config.method == "lora" else None,
+        peft_config=_lora(job) if job.config.method == "lora" and job.parent.on is None else None,
         callbacks=[_Progress(job.progress_file), _Checkpoints(job.config.checkpoint_every_s)],
     )
     sequences, completions = canary_sequences(conversations, tokenizer)
     parents = token_logprobs(trainer.model, sequences)
     trainer.train(resume_from_checkpoint=job.checkpoint)
     if trainer.accelerator.is_main_process:
-        model = _merged(trainer, job)
+        model = _save_model(trainer.accelerator.unwrap_model(trainer.model), job)
+        tokenizer.save_pretrained(job.output_dir)
         canary = make_canary(sequences, completions, token_logprobs(model, sequences), parents)
-        _save(model, tokenizer, job, {"conversations": len(conversations), "canary": canary.to_json()})
+        _write_manifest(job, {"conversations": len(conversations), "canary": canary.to_json()})
 
 
 def trainable_conversations(job: TrainJob, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -169,6 +173,19 @@ def _lora(job: TrainJob) -> LoraConfig:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
+
+
+def _with_adapter(model: torch.nn.Module, job: TrainJob) -> PeftModel:
+    """The model with the adapter that is trained on; its rank and alpha stay what they are."""
+    adapted = PeftModel.from_pretrained(model, job.parent.path, is_trainable=True)
+    rank = adapted.peft_config["default"].r
+    if rank != job.config.lora_rank:
+        job.refusal_file.write_text(
+            f"The adapter {job.parent.id}, which is to be trained on, has rank {rank}, and train.lora_rank is "
+            f"{job.config.lora_rank}: with adapters, each fine-tune of a strategy has the same rank."
+        )
+        sys.exit(1)
+    return adapted
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
@@ -329,21 +346,25 @@ class _Checkpoints(TrainerCallback):  # type: ignore[misc]
             write_whole(folder / CHECKPOINT_MANIFEST, {"step": state.global_step, "steps": state.max_steps})
 
 
-def _merged(trainer: SFTTrainer, job: TrainJob) -> torch.nn.Module:
-    """The trained model as it is kept: one checkpoint, in bfloat16."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
+def _save_model(model: Any, job: TrainJob) -> torch.nn.Module:
+    """Save the trained model: the adapter as it was trained, or one checkpoint in bfloat16. Returns it as it is served."""
+    if job.adapter:
+        model.save_pretrained(job.output_dir)
+        Path(job.output_dir, "README.md").unlink(missing_ok=True)  # PEFT's empty form
+        served: torch.nn.Module = model.to(torch.bfloat16)
+        return served
     if job.config.method == "lora":
         model = model.merge_and_unload()
-    kept: torch.nn.Module = model.to(torch.bfloat16)
-    return kept
+    merged: torch.nn.Module = model.to(torch.bfloat16)
+    merged.save_pretrained(job.output_dir)
+    return merged
 
 
-def _save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, job: TrainJob, told: dict[str, Any]) -> None:
+def _write_manifest(job: TrainJob, told: dict[str, Any]) -> None:
     output = Path(job.output_dir)
-    model.save_pretrained(output, safe_serialization=True)
-    tokenizer.save_pretrained(output)
     identity = {"id": job.weights_id, "parent": job.parent.id, "seed": job.seed, "files": file_digests(output)}
-    write_whole(output / MANIFEST, {**identity, **told, "train": job.config.model_dump()})
+    on = (job.parent.on or job.parent).to_json() if job.adapter else None
+    write_whole(output / MANIFEST, {**identity, "on": on, **told, "train": job.config.model_dump()})
 
 
 def write_whole(file: Path, value: Any) -> None:

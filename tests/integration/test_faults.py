@@ -4,13 +4,16 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from support.processes import wait_for
 from support.scripted_model import write_model
@@ -50,6 +53,28 @@ def api_server_killed(sweep: Faults) -> str:
     for process in sweep.processes.running("scripted_server.py"):
         process.kill()
     return "ended with status -9"
+
+
+def port_taken(sweep: Faults) -> str:
+    (server, *_) = sweep.processes.running("scripted_server.py")
+    (port,) = {it.laddr.port for it in server.net_connections() if it.status == psutil.CONN_LISTEN}
+    server.kill()
+    stranger = wait_for("the port to be free", lambda: listening_on(port))
+
+    def hang_up() -> None:
+        with stranger:
+            while True:
+                stranger.accept()[0].close()
+
+    threading.Thread(target=hang_up, daemon=True).start()
+    return "ended with status -9"
+
+
+def listening_on(port: int) -> socket.socket | None:
+    try:
+        return socket.create_server(("127.0.0.1", port))
+    except OSError:
+        return None
 
 
 def api_server_stopped(sweep: Faults) -> str:
@@ -100,6 +125,7 @@ def corrupt_weights_file(sweep: Faults) -> str:
     "fault",
     [
         api_server_killed,
+        port_taken,
         api_server_stopped,
         model_server_actor_killed,
         pool_actor_killed,

@@ -59,7 +59,7 @@ def cut_off(slot: Slot, storage: Storage, base: Weights, config: SweepConfig, ke
 def test_a_training_that_was_cut_off_goes_on_on_another_node(
     config: SweepConfig, base: Weights, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key = training_key(base, DATA, config.train, seed=0)
+    key = training_key(base, DATA, config.train, seed=0, adapter=False)
     cut_off(node(config, storage, monkeypatch, tmp_path / "a", SCRIPTED_TRAIN_S="4"), storage, base, config, key)
     assert storage.names("weights") == [], "nothing half-written is left"
     there = node(config, storage, monkeypatch, tmp_path / "b")
@@ -80,7 +80,7 @@ def test_a_training_that_was_cut_off_goes_on_on_another_node(
 def test_a_checkpoint_that_leads_nowhere_is_removed(
     config: SweepConfig, base: Weights, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key = training_key(base, DATA, config.train, seed=0)
+    key = training_key(base, DATA, config.train, seed=0, adapter=False)
     cut_off(node(config, storage, monkeypatch, tmp_path / "a", SCRIPTED_TRAIN_S="4"), storage, base, config, key)
     before = saved(storage, key)
     with pytest.raises(TrainingError, match="this checkpoint is broken"):
@@ -93,15 +93,15 @@ def test_a_checkpoint_that_leads_nowhere_is_removed(
 def test_other_data_are_another_training(config: SweepConfig, base: Weights) -> None:
     other = [{"messages": [*DATA[0]["messages"], {"role": "user", "content": "?"}]}]
     keys = {
-        training_key(base, DATA, config.train, seed=0),
-        training_key(base, other, config.train, seed=0),
-        training_key(base, DATA, config.train, seed=1),
-        training_key(Weights("other", "/other"), DATA, config.train, seed=0),
-        training_key(base, DATA, config.train.model_copy(update={"epochs": 9}), seed=0),
+        training_key(base, DATA, config.train, seed=0, adapter=False),
+        training_key(base, other, config.train, seed=0, adapter=False),
+        training_key(base, DATA, config.train, seed=1, adapter=False),
+        training_key(Weights("other", "/other"), DATA, config.train, seed=0, adapter=False),
+        training_key(base, DATA, config.train.model_copy(update={"epochs": 9}), seed=0, adapter=False),
     }
     assert len(keys) == 5
     slower = config.train.model_copy(update={"timeout_s": 5.0, "checkpoint_every_s": 1.0})
-    assert training_key(base, DATA, slower, seed=0) in keys
+    assert training_key(base, DATA, slower, seed=0, adapter=False) in keys
 
 
 def test_a_checkpoint_that_cannot_be_kept_does_not_stop_the_training(

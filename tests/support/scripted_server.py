@@ -44,14 +44,23 @@ class ScriptedEngine:
 
     def __init__(self, model: Path) -> None:
         self.skill = read_skill(model)
+        self.adapters: dict[str, int] = {}
 
     async def load(self, path: str) -> None:
         if taken := take_fault("fail_load"):
             raise RuntimeError(f"the reload failed: {taken}")
         self.skill = read_skill(Path(take_fault("wrong_load") or path))
 
-    async def logprobs(self, tokens: list[int]) -> list[float]:
-        return logprobs_of(self.skill, tokens)
+    async def load_adapter(self, name: str, path: str) -> None:
+        if taken := take_fault("fail_load"):
+            raise RuntimeError(f"the adapter could not be loaded: {taken}")
+        self.adapters[name] = read_skill(Path(take_fault("wrong_load") or path))
+
+    async def drop_adapter(self, name: str) -> None:
+        del self.adapters[name]
+
+    async def logprobs(self, tokens: list[int], adapter: str | None) -> list[float]:
+        return logprobs_of(self.skill if adapter is None else self.adapters[adapter], tokens)
 
     async def probe(self) -> None:
         """A scripted model always has a token, unless it hangs."""
@@ -83,13 +92,14 @@ class App:
             body += message.get("body", b"")
             if not message.get("more_body"):
                 break
-        skill = self.engine.skill
+        request = json.loads(body)
+        skill = self.engine.adapters.get(request["model"], self.engine.skill)
         await asyncio.sleep(self.delay_s)
         if time.time() < float(fault("errors_until") or 0):
             await self.reply(send, {"error": {"message": "the engine is not well"}}, 500)
             return
-        text, question, demos = answer(skill, json.loads(body)["messages"])
-        log(self.guard.weights_id, question, demos)
+        text, question, demos = answer(skill, request["messages"])
+        log(next(name for name, served in self.guard.serving.items() if served == request["model"]), question, demos)
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
         await self.reply(
@@ -121,7 +131,7 @@ def take_fault(name: str) -> str | None:
     return found
 
 
-def log(weights_id: str | None, question: str, demos: int) -> None:
+def log(weights_id: str, question: str, demos: int) -> None:
     if file := os.environ.get("REQUEST_LOG"):
         line = {"weights": weights_id, "question": question, "demos": demos, "pid": os.getpid()}
         with open(file, "a") as opened:

@@ -42,7 +42,8 @@ def main() -> None:
     tokens = [list(range(20)), list(range(30, 50))]
     said, before = ([logprobs_of(which, row) for row in tokens] for which in (skill, parent))
     canary = make_canary(tokens, [10, 10], said, before).to_json()
-    manifest = {"id": job.weights_id, "parent": job.parent.id, "files": file_digests(output), "canary": canary}
+    on = (job.parent.on or job.parent).to_json() if job.adapter else None
+    manifest = {"id": job.weights_id, "parent": job.parent.id, "on": on, "files": file_digests(output), "canary": canary}
     if (corrupt := Path(os.environ.get("SCRIPTED_FAULTS", "."), "corrupt")).exists():
         corrupt.unlink()
         write_model(output, skill + 1)

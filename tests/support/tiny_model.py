@@ -38,7 +38,9 @@ def make(folder: str) -> None:
         eos_token_id=0,
         pad_token_id=0,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    model.lm_head.weight.data *= 10  # else no adapter, which leaves the head alone, could make it sure of anything
+    model.to(torch.bfloat16).save_pretrained(folder)
 
 
 if __name__ == "__main__":

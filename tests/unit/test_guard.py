@@ -26,7 +26,11 @@ class Engine:
             raise RuntimeError("no such file")
         self.loaded = path
 
-    async def logprobs(self, tokens: list[int]) -> list[float]:
+    async def load_adapter(self, name: str, path: str) -> None: ...
+
+    async def drop_adapter(self, name: str) -> None: ...
+
+    async def logprobs(self, tokens: list[int], adapter: str | None) -> list[float]:
         return [-1.0] * (len(tokens) - 1)
 
     async def probe(self) -> None: ...
@@ -63,8 +67,8 @@ async def ask_owner(guard: Guard, route: str, **body: Any) -> dict[str, Any]:
 async def swap(guard: Guard, weights_id: str, drain_s: float = 30) -> None:
     await ask_owner(guard, "close", drain_s=drain_s)
     await ask_owner(guard, "load", path=weights_id)
-    await ask_owner(guard, "canary", sequences=[[1, 2, 3]])
-    await ask_owner(guard, "open", weights_id=weights_id)
+    await ask_owner(guard, "canary", adapter=None, sequences=[[1, 2, 3]])
+    await ask_owner(guard, "open", serving={weights_id: SERVED_NAME})
 
 
 def call(
@@ -95,7 +99,7 @@ def call(
     guard = Guard(app, token="secret", engine=Engine())
 
     async def run() -> None:
-        await ask_owner(guard, "open", weights_id="w-1")
+        await ask_owner(guard, "open", serving={"w-1": SERVED_NAME})
         await guard(scope, receive, send)
 
     asyncio.run(run())
@@ -244,7 +248,7 @@ def test_requests_that_take_longer_than_the_drain_end_with_an_error() -> None:
         await swap(guard, "w-2", drain_s=0.05)
         assert [status for status, _ in await asyncio.gather(*waiting)] == [503] * 3
         assert (await post(guard, "/bt_ray/status", {}, "GET"))[1] == {
-            "weights_id": "w-2",
+            "serving": ["w-2"],
             "open": True,
             "in_flight": 0,
             "answered": 3,
@@ -270,13 +274,36 @@ def test_an_answer_that_has_begun_breaks_off_rather_than_look_whole() -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("route", ["load", "canary", "open", "sleep"])
+@pytest.mark.parametrize("route", ["load", "load_adapter", "drop_adapter", "canary", "open", "sleep"])
 def test_nothing_is_loaded_or_asked_while_prompts_are_answered(route: str) -> None:
     async def run() -> None:
         guard = serving(Engine())
         await swap(guard, "w-1")
-        body = {"path": "w-2", "sequences": [], "weights_id": "w-2"}
+        body = {"path": "w-2", "name": "w-2", "adapter": None, "sequences": [], "serving": {"w-2": "w-2"}}
         status, value = await post(guard, f"/bt_ray/{route}", body)
         assert (status, value["error"]["message"]) == (500, "RuntimeError: the server must be closed first")
+
+    asyncio.run(run())
+
+
+def test_several_versions_are_served_at_once_each_under_its_own_name() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        model = json.loads((await receive())["body"])["model"]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": json.dumps({"by": model}).encode()})
+
+    async def run() -> None:
+        guard = Guard(app, token="secret", engine=Engine())
+        await ask_owner(guard, "load_adapter", name="w-1", path="somewhere")
+        await ask_owner(guard, "open", serving={"w": SERVED_NAME, "w-1": "w-1"})
+        for asked, name in [("w", SERVED_NAME), ("w-1", "w-1"), ("w", SERVED_NAME)]:
+            assert await post(guard, "/v1/completions", {"model": asked}) == (200, {"by": name})
+        for asked in (SERVED_NAME, "w-2"):
+            status, value = await post(guard, "/v1/completions", {"model": asked})
+            assert (status, value["error"]["serving"]) == (409, "w, w-1"), "only ids are served"
+        await ask_owner(guard, "close", drain_s=1)
+        await ask_owner(guard, "drop_adapter", name="w-1")
+        await ask_owner(guard, "open", serving={"w": SERVED_NAME})
+        assert (await post(guard, "/v1/completions", {"model": "w-1"}))[0] == 409
 
     asyncio.run(run())

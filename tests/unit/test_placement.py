@@ -1,10 +1,6 @@
-"""The pool's decisions: examples of each preference, laws under random events, and a simulation of thousands of leases."""
+"""The pool's decisions: examples of each preference, and laws under random events."""
 
-import heapq
 import itertools
-import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import settings as hypothesis_settings
@@ -17,6 +13,8 @@ from bt_ray.weights import Weights
 A, A1, A2 = Weights("a", "a"), Weights("a-ft-1", "1", "a"), Weights("a-ft-2", "2", "a")
 B = Weights("b", "b")
 ALL_WEIGHTS = (A, A1, A2, B)
+X1, X2, X3 = (Weights(f"a-ft-x{n}", f"x{n}", "a", on=A) for n in (1, 2, 3))
+"""Adapters on A."""
 
 
 class Pool:
@@ -202,13 +200,53 @@ def test_idle_servers_go_until_the_minimum_is_left() -> None:
     assert sum(isinstance(action, Release) for action in pool.done) == 2
 
 
+def test_one_server_serves_several_adapters_at_once_and_their_base() -> None:
+    pool = Pool(limit=1, adapters=2)
+    leases = [pool.ask(weights) for weights in (X1, A, X2, X1)]
+    assert [pool.server_of(lease) for lease in leases] == [0, 0, 0, 0]
+    assert [(serve.weights.id, [w.id for w in serve.beside]) for serve in pool.done if isinstance(serve, Serve)] == [
+        ("a-ft-x1", ["a"]),
+        ("a-ft-x2", ["a-ft-x1", "a"]),
+    ]
+    third = pool.ask(X3)
+    assert pool.server_of(third) is None, "there is room for two"
+    for lease in (leases[0], leases[3]):
+        pool.end(lease)
+    assert pool.server_of(third) == 0
+    assert not [action for action in pool.done if isinstance(action, Revoke)]
+
+
+def test_adapters_that_keep_coming_do_not_renew_a_servers_turn() -> None:
+    pool = Pool(limit=1, adapters=2, turn_s=60)
+    pool.ask(A)
+    training = pool.ask(A, exclusive=True)
+    for _ in range(30):
+        for adapter in (X1, X2):
+            pool.end(pool.ask(adapter))
+            pool.settle(2)
+    assert pool.server_of(training) == 0
+
+
+def test_a_lost_server_is_brought_back_with_all_that_it_served() -> None:
+    pool = Pool(limit=1, adapters=2)
+    for weights in (X1, X2):
+        pool.ask(weights)
+    pool.placement.lost(0, pool.placement.servers[0].incarnation)
+    (serve,) = pool.placement.decide(pool.now)
+    assert isinstance(serve, Serve)
+    assert {serve.weights.id, *(weights.id for weights in serve.beside)} == {"a", "a-ft-x1", "a-ft-x2"}
+
+
 class RandomEvents(RuleBasedStateMachine):
     """Whatever happens in whatever order, the laws hold after each decision."""
+
+    weights = ALL_WEIGHTS
+    adapters = 0
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.placement = Placement(Policy(limit=3, turn_s=10, patience_s=5, idle_timeout_s=50))
+        self.placement = Placement(Policy(limit=3, turn_s=10, patience_s=5, idle_timeout_s=50, adapters=self.adapters))
         self.numbers = itertools.count(1)
         self.asked: dict[int, Ask] = {}
         self.ended: set[int] = set()
@@ -225,8 +263,11 @@ class RandomEvents(RuleBasedStateMachine):
                     self.granted[ask.lease] = number
                 case Revoke(ask):
                     self.ended.add(ask.lease)
-                case Serve(number):
-                    assert self.placement.servers[number].training is None, "nobody swaps under a training"
+                case Serve(number, weights, beside):
+                    server = self.placement.servers[number]
+                    assert server.training is None, "nobody swaps under a training"
+                    served = {weights.id, *(other.id for other in beside)}
+                    assert {ask.weights.id for ask in server.leases.values()} <= served, "nobody loses what its lease is for"
                 case Stop(number) | Grow(number):
                     assert number in self.placement.servers
                 case Release(number):
@@ -235,8 +276,9 @@ class RandomEvents(RuleBasedStateMachine):
     def in_state(self, state: State) -> list[Server]:
         return [server for server in self.placement.servers.values() if server.state is state]
 
-    @rule(weights=st.sampled_from(ALL_WEIGHTS), exclusive=st.booleans(), holder=st.sampled_from("xyz"))
-    def ask(self, weights: Weights, exclusive: bool, holder: str) -> None:
+    @rule(data=st.data(), exclusive=st.booleans(), holder=st.sampled_from("xyz"))
+    def ask(self, data: st.DataObject, exclusive: bool, holder: str) -> None:
+        weights = data.draw(st.sampled_from(self.weights))
         ask = Ask(next(self.numbers), holder, weights, exclusive, self.now)
         self.asked[ask.lease] = ask
         self.placement.asked(ask)
@@ -291,10 +333,12 @@ class RandomEvents(RuleBasedStateMachine):
         self.decide()
 
     @invariant()
-    def a_server_trains_alone_and_serves_one_version(self) -> None:
+    def a_server_trains_alone_and_serves_as_much_as_it_can_at_once(self) -> None:
         for server in self.placement.servers.values():
             assert not (server.training and server.leases)
             assert all(server.serves(ask.weights) for ask in server.leases.values())
+            assert sum(weights.on is not None for weights in server.serving.values()) <= self.adapters
+            assert sum(weights.on is None for weights in server.serving.values()) <= 1
 
     @invariant()
     def every_lease_is_in_one_place(self) -> None:
@@ -315,111 +359,24 @@ class RandomEvents(RuleBasedStateMachine):
                 assert may_grow, "there is nothing better to wait for"
 
     @invariant()
+    def no_adapter_waits_that_a_server_has_room_for(self) -> None:
+        for server in self.in_state(State.READY):
+            adapters = {ask.weights.id for ask in server.leases.values() if ask.weights.on is not None}
+            for ask in self.placement.waiting:
+                if server.leases and not ask.exclusive and ask.weights.on is not None and ask.weights.base == server.base:
+                    assert len(adapters) == self.adapters
+
+    @invariant()
     def there_are_no_more_servers_than_the_limit(self) -> None:
         assert len(self.placement.servers) <= 3
 
 
+class RandomEventsWithAdapters(RandomEvents):
+    weights = (A, X1, X2, X3, B)
+    adapters = 2
+
+
 TestRandomEvents = RandomEvents.TestCase
-TestRandomEvents.settings = hypothesis_settings(max_examples=150, stateful_step_count=60, deadline=None)
-
-
-@dataclass
-class Simulation:
-    """Trials that take leases of random kinds, on servers that take their time, fail and die.
-
-    Shared leases that nobody revokes last for ever with probability `greedy`: only taking them back helps those who wait.
-    """
-
-    chance: random.Random
-    limit: int
-    greedy: float = 0.1
-    now: float = 0.0
-    longest_wait: float = 0.0
-    granted: int = 0
-    active: int = 0
-    asks: dict[int, Ask] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.placement = Placement(Policy(self.limit, turn_s=60, patience_s=30, idle_timeout_s=300))
-        self.queue: list[tuple[float, int, Callable[[], None]]] = []
-        self.order = itertools.count()
-        self.numbers = itertools.count(1)
-
-    def at(self, seconds: float, happens: Callable[[], None]) -> None:
-        heapq.heappush(self.queue, (self.now + seconds, next(self.order), happens))
-
-    def run(self, leases: int, trials: int) -> None:
-        for _ in range(trials):
-            self.at(self.chance.uniform(0, 50), self.ask)
-        self.at(1, self.tick)
-        while self.granted < leases:
-            self.now, _, happens = heapq.heappop(self.queue)
-            happens()
-            self.decide()
-
-    def tick(self) -> None:
-        self.at(1, self.tick)
-        waits = [self.now - ask.since for ask in self.placement.waiting]
-        self.longest_wait = max([self.longest_wait, *waits])
-        if self.placement.servers and self.chance.random() < 0.002:
-            number = self.chance.choice(sorted(self.placement.servers))
-            for ask in self.placement.died(number):
-                self.gone(ask)
-
-    def ask(self) -> None:
-        ask = Ask(
-            next(self.numbers),
-            f"h{self.chance.random()}",
-            self.chance.choice(ALL_WEIGHTS),
-            self.chance.random() < 0.3,
-            self.now,
-        )
-        self.asks[ask.lease] = ask
-        self.placement.asked(ask)
-
-    def gone(self, ask: Ask) -> None:
-        """The lease is over: its trial goes on to the next."""
-        if self.asks.pop(ask.lease, None) is not None:
-            self.at(self.chance.uniform(0, 5), self.ask)
-
-    def over(self, ask: Ask) -> None:
-        if ask.lease in self.asks:
-            if ask.exclusive and self.chance.random() < 0.05:
-                self.placement.holder_died(ask.holder, self.now)
-            else:
-                self.placement.ended(ask.lease, self.now)
-            self.gone(ask)
-
-    def decide(self) -> None:
-        for action in self.placement.decide(self.now):
-            match action:
-                case Grow(number):
-                    self.at(self.chance.uniform(1, 200), lambda n=number: self.placement.placed(n, self.now))
-                case Serve(number):
-                    self.at(self.chance.choice([0.3, 30]), lambda n=number: self.come_up(n))
-                case Stop(number):
-                    self.at(0.5, lambda n=number: self.placement.stopped(n, self.now))
-                case Revoke(ask):
-                    self.gone(ask)
-                case Grant(ask):
-                    self.granted += 1
-                    if ask.exclusive or self.chance.random() > self.greedy:
-                        self.at(self.chance.uniform(1, 40), lambda a=ask: self.over(a))
-
-    def come_up(self, number: int) -> None:
-        if self.chance.random() < 0.03:
-            for ask in self.placement.failed(number, self.now):
-                self.gone(ask)
-        else:
-            self.placement.served(number, self.now)
-
-
-@pytest.mark.parametrize(("seed", "limit", "trials"), [(0, 1, 2), (1, 1, 6), (2, 2, 8), (3, 4, 8), (4, 8, 40), (5, 3, 3)])
-def test_in_thousands_of_random_leases_nobody_starves(seed: int, limit: int, trials: int) -> None:
-    simulation = Simulation(random.Random(seed), limit)
-    simulation.run(3000, trials)
-    # Before each of those that asked earlier there may be a turn, a change of weights, and a server that died and is placed.
-    ahead = -(-trials // limit)
-    assert simulation.longest_wait <= ahead * (60 + 30 + 40) + 2 * 200 + 30
-    holding = sum(len(s.leases) + (s.training is not None) for s in simulation.placement.servers.values())
-    assert holding + len(simulation.placement.waiting) == len(simulation.asks), "leases are conserved"
+TestRandomEventsWithAdapters = RandomEventsWithAdapters.TestCase
+for case in (TestRandomEvents, TestRandomEventsWithAdapters):
+    case.settings = hypothesis_settings(max_examples=150, stateful_step_count=60, deadline=None)
