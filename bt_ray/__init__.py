@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bt_ray.driver import sweep
     from bt_ray.errors import BtRayError
     from bt_ray.results import Candidate, SweepResult, TrialResult
+    from bt_ray.served_models import served
     from bt_ray.task import StepContext, Task
     from bt_ray.teachers import gold_label_teacher
 
@@ -26,6 +27,7 @@ _HOME = {
     "gold_label_teacher": "teachers",
     "load": "best",
     "load_config": "config",
+    "served": "served_models",
     "sweep": "driver",
 }
 
@@ -40,6 +42,7 @@ __all__ = [
     "gold_label_teacher",
     "load",
     "load_config",
+    "served",
     "sweep",
 ]
 

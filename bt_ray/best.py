@@ -4,6 +4,7 @@ A program is kept as DSPy's JSON state without LMs; beside it stands which weigh
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import dspy
@@ -11,10 +12,11 @@ import dspy
 from bt_ray.config import SweepConfig, make_config
 from bt_ray.errors import BtRayError, ConfigError, TaskError
 from bt_ray.kept_steps import installed_versions, load_state
-from bt_ray.lm import ServedEngine, ServedLM, served_lm
+from bt_ray.lm import ServedEngine
 from bt_ray.local_models import LocalModels
 from bt_ray.node_disk import Scratch
 from bt_ray.results import Candidate
+from bt_ray.served_models import ServedModels, assign_versions, serving
 from bt_ray.storage import Storage, open_storage, parent_and_name
 from bt_ray.store import StepStore
 from bt_ray.task import load_task
@@ -23,16 +25,17 @@ from bt_ray.weights import WEIGHTS, Weights
 BEST, PROGRAM, MANIFEST = "best", "program.json", "manifest.json"
 
 
-def keep_best(best: Candidate, storage: Storage, base: Weights, config: SweepConfig, task: str) -> None:
+def keep_best(best: Candidate, storage: Storage, bases: Mapping[str, Weights], config: SweepConfig, task: str) -> None:
     """Write `best/` into the run directory: the program, a reference to its weights, and last a manifest."""
-    fine_tuned = {weights_id for weights_id in best.weights.values() if weights_id != base.id}
+    weights = {id_: bases[id_].path if id_ in bases else f"../{WEIGHTS}/{id_}" for id_ in best.weights.values()}
     manifest = {
         "task": task,
         "strategy": best.strategy,
         "prefix": best.prefix,
         "score": best.score,
         "predictors": best.weights,
-        "weights": {base.id: base.path, **{weights_id: f"../{WEIGHTS}/{weights_id}" for weights_id in fine_tuned}},
+        "api_models": best.api_models,
+        "weights": weights,
         "config": config.without_secrets(),
         "versions": installed_versions(),
     }
@@ -64,12 +67,11 @@ def load(folder: str | Path, task: str | None = None) -> dspy.Module:
     if manifest is None:
         raise ConfigError(f"{folder} holds no {MANIFEST}: it is no finished `best` folder of a sweep.")
     config = make_config(manifest["config"], source=f"{folder}/{MANIFEST}")
-    program = _load_program(task or manifest["task"])
     weights = {weights_id: _found(storage, weights_id, path) for weights_id, path in manifest["weights"].items()}
-    lms = local_lms(LocalModels(weights, config.server, storage), weights, config)
-    for predictor_name, predictor in program.named_predictors():
-        if predictor_name in manifest["predictors"]:
-            predictor.lm = lms[manifest["predictors"][predictor_name]]
+    models = ServedModels(_engine(LocalModels(weights, config.server, storage), config), config)
+    with serving(models):
+        program = _load_program(task or manifest["task"])
+    assign_versions(program, manifest["predictors"], manifest.get("api_models", {}), models, weights.__getitem__)
     load_state(program, StepStore(storage).read_program(f"{name}/{PROGRAM}"))
     return program
 
@@ -81,15 +83,14 @@ def _load_program(task: str) -> dspy.Module:
         raise TaskError(f'{error} If the task is elsewhere now: bt_ray.load(..., task="path/to/task.py:build").') from error
 
 
-def local_lms(models: LocalModels, weights: dict[str, Weights], config: SweepConfig) -> dict[str, ServedLM]:
-    engine = ServedEngine(
+def _engine(models: LocalModels, config: SweepConfig) -> ServedEngine:
+    return ServedEngine(
         models,
         None,
         retries=config.trial.request_retries,
         timeout_s=config.server.request_timeout_s,
         max_connections=max(100, config.num_threads),
     )
-    return {weights_id: served_lm(version_, engine, config.lm) for weights_id, version_ in weights.items()}
 
 
 def _found(storage: Storage, weights_id: str, path: str) -> Weights:

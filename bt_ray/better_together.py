@@ -22,7 +22,7 @@ from dspy.teleprompt.teleprompt import Teleprompter
 from bt_ray.errors import InfrastructureFailure, TaskError
 from bt_ray.failures import Side, is_lost_answer, side_of
 from bt_ray.hosting import FailureLatch
-from bt_ray.lm import STEP_SETTING, EmptyTrainingSet, ServedEngine
+from bt_ray.lm import STEP_SETTING, EmptyTrainingSet, ServedEngine, student_lm
 from bt_ray.results import StepFailure, failure_of
 from bt_ray.strategy import BASELINE, SEPARATOR
 from bt_ray.task import StepContext, Task, step_seed
@@ -269,11 +269,6 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
 
     def _context(self, prefix: str, lm: dspy.LM) -> StepContext:
         return StepContext(prefix=prefix, seed=step_seed(self._seed, prefix), scratch_dir=self._scratch_dir(prefix), lm=lm)
-
-
-def student_lm(student: dspy.Module) -> dspy.LM:
-    """The LM that a step's optimizers are built with: that of the first predictor."""
-    return student.predictors()[0].lm
 
 
 def refuse_optimizer_that_mixes_lms(optimizer: Teleprompter, student: dspy.Module) -> None:

@@ -83,10 +83,15 @@ def check(
         checked = check_sweep(config, run_directory(config), accept_changes=accept_changes)
         train, val, test = checked.examples
         console.print(f"task       {config.task}", highlight=False, soft_wrap=True)
-        console.print(f"model      {checked.base.id} ({checked.base.path})", highlight=False, soft_wrap=True)
+        for base in checked.bases.values():
+            console.print(f"model      {base.id} ({base.path})", highlight=False, soft_wrap=True)
         console.print(f"examples   {train} to train, {val} to validate, {test} to test")
         console.print("optimizers " + ", ".join(f"{key} = {name}" for key, name in checked.optimizers.items()))
         console.print("strategies " + ", ".join(f'"{name}"' for name in config.strategies), markup=False)
+        if not checked.bases:
+            console.print("servers    none: all LMs are APIs'")
+            console.print("All good.", style="green")
+            return
         for warning in _resource_warnings(config, address):
             console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
         needed = checked.models_at_once
@@ -127,7 +132,7 @@ def plan(
         where = run_directory(config)
         checked = check_sweep(config, where, accept_changes=True)
         keys = {prefix: key.key for prefix, key in checked.keys.items()}
-        finished = StepStore(open_storage(where)).finished(keys, checked.base.id)
+        finished = StepStore(open_storage(where)).finished(keys, checked.bases)
         evaluated = checked.examples[1]
         planned = make_plan(config.strategies, checked.keys, finished, evaluated * len(checked.task.program.predictors()))
         console.print(step_tree(list(planned.steps), finished, set(planned.trainings)), soft_wrap=True)

@@ -171,7 +171,8 @@ class TrialConfig(Section):
 
     cpus: float = Field(0.1, gt=0)
     max_concurrent: int | None = Field(None, ge=1)
-    """Trials at a time. Default: two for each model server, of which one may wait for a step that another computes."""
+    """Trials at a time. Default: two for each model server, of which one may wait for a step that another computes; all
+    where no model is served."""
     step_retries: int = Field(1, ge=0)
     """How often a step that lost its infrastructure is repeated within its trial."""
     max_failures: int = Field(1, ge=0)
@@ -189,8 +190,8 @@ class SweepConfig(Section):
 
     task: str
     """`"module:function"` or `"path/to/file.py:function"`: what builds the `bt_ray.Task`."""
-    model: str
-    """The student's model: a folder, or a model id of the Hugging Face hub."""
+    model: str | None = None
+    """The student's model: a folder, or a model id of the Hugging Face hub. For predictors that the task gives no LM."""
     strategies: tuple[str, ...] = Field(min_length=1)
     run_dir: str | None = None
     seed: int = 0
@@ -228,10 +229,10 @@ class SweepConfig(Section):
         """The settings as JSON, to be kept. `server.env` may hold secrets and is left out."""
         return self.model_dump(mode="json", exclude={"server": {"env"}})
 
-    @property
-    def concurrent_trials(self) -> int:
+    def concurrent_trials(self, *, served: bool) -> int:
         """Trials at a time. More than servers, because one that waits for a step of another's holds none."""
-        return min(self.trial.max_concurrent or 2 * self.server.count, len(self.strategies))
+        default = 2 * self.server.count if served else len(self.strategies)
+        return min(self.trial.max_concurrent or default, len(self.strategies))
 
 
 def load_config(

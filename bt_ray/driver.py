@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -103,13 +104,9 @@ class _Sweep:
             if result.test_score is not None or not self.checked.task.testset:
                 self.keep(result)
                 return result
-        needed = self.checked.models_at_once
-        with (
-            connected(address, self.tell) as own,
-            opened_pool(self.config, self.run_dir, needed, own, self.tell) as pool,
-        ):
+        with connected(address, self.tell) as own, self.pool(own) as pool:
             setup = self.setup(pool, {finished[prefix].key for prefix in finished}, first_fence)
-            with watched(pool, self.store.storage, self.tell):
+            with watched(pool, self.store.storage, self.tell) if pool is not None else nullcontext():
                 errors = _run_trials(setup, finished, self.tell) if len(finished) < len(keys) else {}
                 result = self.with_known_test(self.gathered(errors))
                 self.keep(result)
@@ -119,17 +116,23 @@ class _Sweep:
                     self.keep(result)
         return result
 
+    def pool(self, own: bool) -> AbstractContextManager[Any]:
+        """The pool of model servers; none where all LMs are APIs'."""
+        if not self.checked.bases:
+            return nullcontext()
+        return opened_pool(self.config, self.run_dir, self.checked.models_at_once, own, self.tell)
+
     def setup(self, pool: Any, committed: set[str], first_fence: int) -> "TrialSetup":
         from bt_ray.actors.step_claims import StepClaims
         from bt_ray.trial import TrialSetup
 
         claims = StepClaims.remote(committed, first_fence)  # type: ignore[attr-defined]
         task = portable_task(self.config.task)
-        return TrialSetup(self.config, task, self.run_dir, self.checked.base, self.checked.keys, pool, claims)
+        return TrialSetup(self.config, task, self.run_dir, self.checked.keys, pool, claims)
 
     def finished(self) -> dict[str, FinishedStep]:
         """The finished steps of the sweep's strategies, by prefix."""
-        return self.store.finished({prefix: key.key for prefix, key in self.checked.keys.items()}, self.checked.base.id)
+        return self.store.finished({prefix: key.key for prefix, key in self.checked.keys.items()}, self.checked.bases)
 
     def gathered(self, errors: Mapping[str, Exception]) -> SweepResult:
         """What is on the store, as the result. `errors`: of trials that were lost, by strategy."""
@@ -167,7 +170,7 @@ class _Sweep:
     def keep(self, result: SweepResult) -> None:
         self.store.storage.write_json(RESULT, result.to_json())
         if result.best is not None:
-            keep_best(result.best, self.store.storage, self.checked.base, self.config, self.config.task)
+            keep_best(result.best, self.store.storage, self.checked.bases, self.config, self.config.task)
 
 
 def run_directory(config: SweepConfig) -> str:
@@ -214,6 +217,7 @@ def _run_trials(setup: "TrialSetup", finished: Mapping[str, FinishedStep], tell:
     for name in RAY_TUNE_LOGS:  # tracebacks of lost trials, which stand in the result, and files that nobody asked for
         logging.getLogger(name).setLevel(logging.CRITICAL)
     trainable = tune.with_resources(tune.with_parameters(run_trial, setup=setup), {"CPU": config.trial.cpus})
+    concurrent = config.concurrent_trials(served=setup.pool is not None)
     errors: dict[str, Exception] = {}
     with Scratch("tune") as own_files:  # nobody reads them: the steps are on the store
         try:
@@ -221,7 +225,7 @@ def _run_trials(setup: "TrialSetup", finished: Mapping[str, FinishedStep], tell:
                 trainable,
                 param_space={"strategy": tune.grid_search(strategies)},
                 # Each trial gets a fresh process: a task may call `dspy.configure`, which one thread of a process may.
-                tune_config=TuneConfig(max_concurrent_trials=config.concurrent_trials, reuse_actors=False),
+                tune_config=TuneConfig(max_concurrent_trials=concurrent, reuse_actors=False),
                 run_config=RunConfig(
                     name="tune",
                     storage_path=str(own_files.folder),

@@ -73,7 +73,7 @@ class StepKey:
 def step_keys(
     task: Task,
     config: SweepConfig,
-    base: Weights,
+    base: Weights | None,
     prefixes: Iterable[str],
     context: Callable[[str], StepContext],
 ) -> dict[str, StepKey]:
@@ -82,7 +82,7 @@ def step_keys(
     Args:
         task: The task, with LMs assigned.
         config: The sweep's settings.
-        base: The student's base weights.
+        base: The weights of the sweep's model; None if no predictor of the program has it.
         prefixes: Steps, each after its parent.
         context: What each step's optimizers are built with.
     """
@@ -97,7 +97,7 @@ def step_keys(
     return keys
 
 
-def baseline_parts(task: Task, config: SweepConfig, base: Weights) -> dict[str, str]:
+def baseline_parts(task: Task, config: SweepConfig, base: Weights | None) -> dict[str, str]:
     """What the baseline depends on, and with it every step."""
     evaluation = {
         "valset_ratio": None if task.valset else config.valset_ratio,
@@ -109,7 +109,7 @@ def baseline_parts(task: Task, config: SweepConfig, base: Weights) -> dict[str, 
         "metric": digest(task.metric),
         "trainset": digest(list(task.trainset)),
         "valset": digest(list(task.valset or ())),
-        "model": digest(base.id),
+        "model": digest(base and base.id),
         "sampling": digest(config.lm.model_dump()),
         "evaluation": digest(evaluation),
         "seed": digest(config.seed),

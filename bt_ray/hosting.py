@@ -5,11 +5,11 @@ The pool of a sweep implements it over Ray (`bt_ray.actors.leased_models`); `bt_
 """
 
 import threading
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
-from bt_ray.errors import InfrastructureFailure
+from bt_ray.errors import InfrastructureFailure, ServerError
 from bt_ray.serving.server import Endpoint
 from bt_ray.weights import Weights
 
@@ -45,6 +45,37 @@ class Models(Protocol):
 
     def add(self, weights: Weights) -> None:
         """Make weights known that were trained before."""
+
+
+class NoModels:
+    """`Models` where none is served.
+
+    Args:
+        reason: What to say to whoever asks for one.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    @contextmanager
+    def request(self, weights_id: str) -> Iterator[Endpoint]:
+        raise ServerError(self._reason)
+        yield
+
+    def lost(self, endpoint: Endpoint) -> None: ...
+
+    def refused(self, endpoint: Endpoint) -> None: ...
+
+    def kill(self, weights_id: str) -> None: ...
+
+    def add(self, weights: Weights) -> None: ...
+
+    def finetune(self, weights_id: str, conversations: Sequence[Conversation], train_kwargs: dict[str, Any]) -> Weights:
+        raise ServerError(self._reason)
+
+    def give_back(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class FailureLatch:

@@ -18,8 +18,9 @@ from bt_ray.better_together import StepOutcome
 from bt_ray.errors import InfrastructureError, InfrastructureFailure, StepFailed
 from bt_ray.failures import Side, side_of
 from bt_ray.fingerprint import StepKey, versions
-from bt_ray.lm import MODEL_PREFIX, ServedEngine, ServedLM, Usage
+from bt_ray.lm import Usage
 from bt_ray.results import StepFailure, failure_of
+from bt_ray.served_models import ServedModels, api_models_of, assign_versions, weights_of
 from bt_ray.store import FinishedStep, StepStore, attempt_name
 
 VISIBLE_S = 60.0
@@ -51,7 +52,7 @@ class KeptSteps:
         claims: Who computes a step.
         keys: The key of each step of the strategy, and of the baseline, by prefix.
         program: The task's program, with LMs assigned; it is copied.
-        engine: Of the served LMs.
+        models: Makes the LMs of earlier steps' weights.
         give_back: Gives the trial's servers back, before it waits for another's step.
         on_step: Told of each step, and whether it was loaded.
     """
@@ -62,7 +63,7 @@ class KeptSteps:
         claims: Claims,
         keys: Mapping[str, StepKey],
         program: dspy.Module,
-        engine: ServedEngine,
+        models: ServedModels,
         *,
         give_back: Callable[[], None],
         on_step: Callable[[FinishedStep, bool], None],
@@ -71,7 +72,7 @@ class KeptSteps:
         self._claims = claims
         self._keys = keys
         self._program = program.deepcopy()
-        self._engine = engine
+        self._models = models
         self._give_back = give_back
         self._on_step = on_step
 
@@ -114,7 +115,8 @@ class KeptSteps:
             example_scores=outcome.example_scores,
             started=outcome.started,
             seconds=outcome.seconds,
-            weights=served_weights(outcome.program),
+            weights=weights_of(outcome.program),
+            api_models=api_models_of(outcome.program),
             program=self._store.write_program(key.key, attempt, program_state(outcome.program)),
             requests=usage.requests,
             versions=installed_versions(),
@@ -129,7 +131,7 @@ class KeptSteps:
 
     @property
     def usage(self) -> Usage:
-        return self._engine.usage
+        return self._models.engine.usage
 
     def _finished(self, key: StepKey) -> FinishedStep:
         deadline = time.monotonic() + VISIBLE_S
@@ -148,16 +150,8 @@ class KeptSteps:
     def rebuilt(self, step: FinishedStep) -> dspy.Module:
         """The step's program from its saved state, with LMs for its weights."""
         program = self._program.deepcopy()
-        served = [predictor.lm for predictor in program.predictors() if isinstance(predictor.lm, ServedLM)]
-        lms = {lm.weights_id: lm for lm in served}
-        for weights_id in step.weights.values():
-            if weights_id not in lms:
-                self._engine.models.add(self._store.read_weights(weights_id))
-                lms[weights_id] = served[0].copy(model=f"{MODEL_PREFIX}{weights_id}")
+        assign_versions(program, step.weights, step.api_models, self._models, self._store.read_weights)
         load_state(program, self._store.read_program(step.program))
-        for name, predictor in program.named_predictors():
-            if name in step.weights:
-                predictor.lm = lms[step.weights[name]]
         return program
 
     def _end(self, key: StepKey, fence: int | None, failure: StepFailure | None = None) -> None:
@@ -207,9 +201,3 @@ def load_state(program: dspy.Module, state: bytes) -> None:
     program.load_state(values)
     for predictor, lm in zip(program.predictors(), lms, strict=True):
         predictor.lm = lm
-
-
-def served_weights(program: dspy.Module) -> dict[str, str]:
-    """The id of the weights that each predictor with a served LM uses, by the predictor's name."""
-    named = program.named_predictors()
-    return {name: predictor.lm.weights_id for name, predictor in named if isinstance(predictor.lm, ServedLM)}

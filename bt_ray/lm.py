@@ -249,6 +249,11 @@ def served_lm(weights: Weights, engine: ServedEngine, sampling: LMConfig) -> Ser
     )
 
 
+def student_lm(program: dspy.Module) -> dspy.LM:
+    """The LM that a step's optimizers are built with: that of the first predictor."""
+    return program.predictors()[0].lm
+
+
 def assign_lm(program: dspy.Module, lm: dspy.LM) -> None:
     """Give `lm` to every predictor of `program` that has none."""
     for predictor in program.predictors():

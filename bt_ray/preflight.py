@@ -4,26 +4,24 @@ import contextlib
 import io
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dspy.teleprompt.bootstrap_finetune import FinetuneTeleprompter
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from bt_ray.config import SweepConfig
-from bt_ray.errors import BtRayError, ConfigError, InfrastructureFailure, ResourcesError, ServerError, TaskError
+from bt_ray.errors import BtRayError, ConfigError, InfrastructureFailure, ResourcesError, TaskError
 from bt_ray.fingerprint import StepKey, step_keys
-from bt_ray.hosting import Conversation, FailureLatch
-from bt_ray.lm import ServedEngine, assign_lm, served_lm
+from bt_ray.hosting import FailureLatch, NoModels
+from bt_ray.lm import ServedEngine, student_lm
 from bt_ray.run_directory import check_run_directory
-from bt_ray.serving.server import Endpoint
+from bt_ray.served_models import ServedModels, serving, weights_of
 from bt_ray.strategy import BASELINE, all_prefixes, check_distinct, parse
 from bt_ray.task import StepContext, Task, check_optimizers, load_task, step_seed
 from bt_ray.training.job import check_trainable
-from bt_ray.weights import Weights, base_weights
+from bt_ray.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -32,15 +30,15 @@ class Checked:
 
     Attributes:
         task: The task, with LMs assigned that answer nothing.
-        base: The student's base weights.
+        bases: The base models that the sweep serves, by id: none if all LMs are APIs'.
         examples: Sizes of trainset, valset (0: none) and testset.
         optimizers: The optimizers' class names by key.
-        models_at_once: How many versions of models the program asks at once, at most.
+        models_at_once: How many versions of served models the program asks at once, at most.
         keys: The key of the baseline and of each step of the strategies, by prefix.
     """
 
     task: Task
-    base: Weights
+    bases: dict[str, Weights]
     examples: tuple[int, int, int]
     optimizers: dict[str, str]
     models_at_once: int
@@ -58,24 +56,24 @@ def check_sweep(config: SweepConfig, run_dir: str | None, *, accept_changes: boo
     Raises:
         BtRayError: The first thing that would make the sweep fail, and what to do about it.
     """
-    base = base_weights(config.model, config.server.engine_options)
-    task = load_task(config.task)
-    engine = ServedEngine(_NoModels(), FailureLatch(), retries=0, timeout_s=1, max_connections=1)
-    lm = served_lm(base, engine, config.lm)
-    assign_lm(task.program, lm)
-    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+    none = NoModels("No model is served during a check: build() and optimizers(ctx) must not ask a served LM.")
+    models = ServedModels(ServedEngine(none, FailureLatch(), retries=0, timeout_s=1, max_connections=1), config)
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()), serving(models):
+        task = load_task(config.task)
+        models.assign_student(task.program)
 
         def context(prefix: str) -> StepContext:
-            return StepContext(prefix, step_seed(config.seed, prefix), Path(scratch), lm)
+            return StepContext(prefix, step_seed(config.seed, prefix), Path(scratch), student_lm(task.program))
 
         optimizers = _built(task, context(BASELINE))
-        keys = _keys(task, config, base, optimizers, context)
+        keys = _keys(task, config, models.student, optimizers, context)
     check_distinct(config.strategies)
     strategies = [parse(strategy, optimizers) for strategy in config.strategies]
     check_optimizers(task, optimizers, strategies)
     examples = _check_validation(task, config)
     weight_keys = {key for key, optimizer in optimizers.items() if isinstance(optimizer, FinetuneTeleprompter)}
-    if any(key in weight_keys for keys in strategies for key in keys):
+    served = weights_of(task.program)
+    if served and any(key in weight_keys for keys in strategies for key in keys):
         check_trainable(config.server, config.train)
     if run_dir is not None:
         if config.trial.resume_optimizers and "://" in run_dir:
@@ -85,14 +83,13 @@ def check_sweep(config: SweepConfig, run_dir: str | None, *, accept_changes: boo
             )
         check_run_directory(run_dir, keys, accept_changes=accept_changes)
     names = {key: type(optimizer).__name__ for key, optimizer in optimizers.items()}
-    models = {predictor.lm.model for predictor in task.program.predictors()}
-    return Checked(task, base, examples, names, len(models), keys)
+    return Checked(task, models.bases, examples, names, len(set(served.values())), keys)
 
 
 def _keys(
     task: Task,
     config: SweepConfig,
-    base: Weights,
+    base: Weights | None,
     optimizers: Mapping[str, Teleprompter],
     context: Callable[[str], StepContext],
 ) -> dict[str, StepKey]:
@@ -186,27 +183,3 @@ def _amount(number: float, resource: str) -> str:
 def inside_job() -> bool:
     """Whether this is the driver of a Ray job, whose working directory is a copy that goes away."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-
-
-class _NoModels:
-    """`Models` that serve nothing: a check sends no request."""
-
-    def request(self, weights_id: str) -> AbstractContextManager[Endpoint]:
-        return _refused()
-
-    def lost(self, endpoint: Endpoint) -> None: ...
-
-    def refused(self, endpoint: Endpoint) -> None: ...
-
-    def kill(self, weights_id: str) -> None: ...
-
-    def add(self, weights: Weights) -> None: ...
-
-    def finetune(self, weights_id: str, conversations: Sequence[Conversation], train_kwargs: dict[str, Any]) -> Weights:
-        raise ServerError("No model is served during a check.")
-
-
-@contextmanager
-def _refused() -> Iterator[Endpoint]:
-    raise ServerError("No model is served during a check: build() and optimizers(ctx) must not ask the student's LM.")
-    yield

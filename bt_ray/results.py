@@ -25,6 +25,7 @@ class Candidate:
         seconds: Compiling and evaluating.
         weights: The id of the weights that each predictor uses, by the predictor's name.
         program: DSPy's JSON state of the program, relative to the run directory.
+        api_models: The model of each predictor whose LM no server of the sweep answers for, by the predictor's name.
     """
 
     strategy: str
@@ -35,6 +36,7 @@ class Candidate:
     seconds: float
     weights: dict[str, str]
     program: str
+    api_models: dict[str, str] = field(default_factory=dict)
 
     @property
     def rank_key(self) -> tuple[float, int]:

@@ -150,9 +150,10 @@ class Slot:
         server = self._server
         if server is None:
             return "start", ""
+        seen = self._watch.reason if self._watch is not None else ""
+        if seen or not server.alive:
+            return "start", seen or server.end
         try:
-            if not server.alive:
-                return "start", self._watch.reason if self._watch and self._watch.reason else server.end
             if self._asleep:
                 server.wake()
                 self._asleep = False

@@ -7,8 +7,8 @@ readable manifest does not exist.
 
 import logging
 import secrets
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bt_ray.errors import StorageError
@@ -39,6 +39,7 @@ class FinishedStep:
         versions: Of the packages that computed it.
         prompt_tokens: Tokens in, of those requests.
         completion_tokens: Tokens out.
+        api_models: The model of each predictor whose LM no server of the sweep answers for, by the predictor's name.
     """
 
     key: str
@@ -54,6 +55,7 @@ class FinishedStep:
     versions: dict[str, str]
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    api_models: dict[str, str] = field(default_factory=dict)
 
     def candidate(self, strategy: str) -> Candidate:
         """The step as a candidate of `strategy`, which has it as a prefix."""
@@ -66,6 +68,7 @@ class FinishedStep:
             seconds=self.seconds,
             weights=self.weights,
             program=self.program,
+            api_models=self.api_models,
         )
 
 
@@ -103,13 +106,16 @@ class StepStore:
             raise StorageError(f"{program} in {self.storage.location} is gone.")
         return state
 
-    def finished(self, keys: Mapping[str, str], base_id: str) -> dict[str, FinishedStep]:
-        """The steps of `keys`, keys by prefix, that are finished and whose weights are there, by prefix."""
-        found = ((prefix, self.read(key)) for prefix, key in keys.items())
-        return {prefix: step for prefix, step in found if step is not None and self._has_weights(step, base_id)}
+    def finished(self, keys: Mapping[str, str], bases: Collection[str]) -> dict[str, FinishedStep]:
+        """The steps of `keys`, keys by prefix, that are finished and whose weights are there, by prefix.
 
-    def _has_weights(self, step: FinishedStep, base_id: str) -> bool:
-        ids = {weights_id for weights_id in step.weights.values() if weights_id != base_id}
+        `bases` are the ids of weights that are no fine-tunes.
+        """
+        found = ((prefix, self.read(key)) for prefix, key in keys.items())
+        return {prefix: step for prefix, step in found if step is not None and self._has_weights(step, bases)}
+
+    def _has_weights(self, step: FinishedStep, bases: Collection[str]) -> bool:
+        ids = set(step.weights.values()).difference(bases)
         return all(self.storage.read_json(f"{WEIGHTS}/{weights_id}/{MANIFEST}") is not None for weights_id in ids)
 
     def read_weights(self, weights_id: str) -> Weights:

@@ -28,7 +28,6 @@ from bt_ray.results import Candidate, StepFailure, failure_of
 from bt_ray.storage import Storage, open_storage
 from bt_ray.store import FinishedStep, StepStore
 from bt_ray.strategy import BASELINE, SEPARATOR
-from bt_ray.weights import Weights
 
 FAILURE_FILE, LOG, SCRATCH = "failure.json", "log.txt", "scratch"
 
@@ -41,18 +40,16 @@ class TrialSetup:
         config: The sweep's settings.
         task: The task's spec as a worker resolves it.
         run_dir: The location of the sweep's run directory.
-        base: The student's base weights.
         keys: The key of each step, by prefix.
-        pool: The sweep's server pool.
+        pool: The sweep's server pool; None if all LMs are APIs'.
         claims: Its step claims.
     """
 
     config: SweepConfig
     task: str
     run_dir: str
-    base: Weights
     keys: Mapping[str, StepKey]
-    pool: "ActorHandle[Any]"
+    pool: "ActorHandle[Any] | None"
     claims: "ActorHandle[Any]"
 
     @property
@@ -92,18 +89,19 @@ def _walk(strategy: str, setup: TrialSetup, work_folder: Path, reporter: "_Repor
     import dspy
 
     from bt_ray.actors.step_claims import RemoteClaims
-    from bt_ray.better_together import SweepBetterTogether, student_lm
+    from bt_ray.better_together import SweepBetterTogether
     from bt_ray.kept_steps import KeptSteps
+    from bt_ray.lm import student_lm
 
     config = setup.config
-    with student(setup, f"trial {strategy}", config.num_threads) as (task, engine):
+    with student(setup, f"trial {strategy}", config.num_threads) as (task, models, hosted):
         steps = KeptSteps(
             setup.store,
             RemoteClaims(setup.claims),
             setup.keys,
             task.program,
-            engine,
-            give_back=engine.models.give_back,
+            models,
+            give_back=hosted.give_back,
             on_step=reporter.report,
         )
         optimizer = SweepBetterTogether(
@@ -111,8 +109,8 @@ def _walk(strategy: str, setup: TrialSetup, work_folder: Path, reporter: "_Repor
             student_lm(task.program),
             seed=config.seed,
             scratch_dir=lambda prefix: scratch_dir(setup, work_folder, prefix),
-            latch=engine.latch,
-            engine=engine,
+            latch=models.engine.latch,
+            engine=models.engine,
             steps=steps,
             retries=config.trial.step_retries,
         )
@@ -145,20 +143,15 @@ def _evaluate_on_testset(setup: TrialSetup, best: Candidate) -> tuple[float, tup
     import dspy
 
     from bt_ray.kept_steps import load_state
-    from bt_ray.lm import served_lm
+    from bt_ray.served_models import assign_versions
 
     config = setup.config
     with (
         work_folder(setup.store.storage, "trials/test") as here,
         _log_file(here / LOG),
-        student(setup, "test", config.num_threads) as (task, engine),
+        student(setup, "test", config.num_threads) as (task, models, _),
     ):
-        weights = {i: setup.base if i == setup.base.id else setup.store.read_weights(i) for i in best.weights.values()}
-        for stored in weights.values():
-            engine.models.add(stored)
-        for name, predictor in task.program.named_predictors():
-            if name in best.weights:
-                predictor.lm = served_lm(weights[best.weights[name]], engine, config.lm)
+        assign_versions(task.program, best.weights, best.api_models, models, setup.store.read_weights)
         load_state(task.program, setup.store.read_program(best.program))
         with dspy.context(num_threads=config.num_threads):
             result = dspy.Evaluate(
@@ -167,35 +160,39 @@ def _evaluate_on_testset(setup: TrialSetup, best: Candidate) -> tuple[float, tup
                 num_threads=config.num_threads,
                 max_errors=len(task.testset or ()) + 1,
             )(task.program)
-        engine.latch.check()
+        models.engine.latch.check()
         return float(result.score), tuple(float(score) for _, _, score in result.results)
 
 
 @contextmanager
-def student(setup: TrialSetup, holder: str, threads: int) -> Iterator[tuple[Any, Any]]:
-    """The task with the served LM assigned, and the LM's engine; gives all leases back at the end."""
+def student(setup: TrialSetup, holder: str, threads: int) -> Iterator[tuple[Any, Any, Any]]:
+    """The task with LMs, who makes them, and who hosts the models; gives all leases back at the end."""
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # LiteLLM fetches a price list otherwise
 
     from bt_ray.actors.leased_models import LeasedModels
-    from bt_ray.hosting import FailureLatch
-    from bt_ray.lm import ServedEngine, assign_lm, served_lm
+    from bt_ray.hosting import FailureLatch, NoModels
+    from bt_ray.lm import ServedEngine
+    from bt_ray.served_models import ServedModels, serving
     from bt_ray.task import load_task
 
     config = setup.config
-    task = load_task(setup.task)
-    models = LeasedModels(holder, setup.pool, base=setup.base, config=config)
+    none = NoModels("This sweep serves no model.")
+    hosted = LeasedModels(holder, setup.pool, config) if setup.pool is not None else none
     engine = ServedEngine(
-        models,
+        hosted,
         FailureLatch(),
         retries=config.trial.request_retries,
         timeout_s=config.server.request_timeout_s,
         max_connections=max(100, threads),
     )
-    assign_lm(task.program, served_lm(setup.base, engine, config.lm))
+    models = ServedModels(engine, config)
     try:
-        yield task, engine
+        with serving(models):
+            task = load_task(setup.task)
+            models.assign_student(task.program)
+            yield task, models, hosted
     finally:
-        models.close()
+        hosted.close()
 
 
 class _Reporter:

@@ -44,7 +44,7 @@ class Weights:
     @property
     def base(self) -> str:
         """The id of the base model that they come from: equal bases, equal architectures."""
-        return self.id.partition(FINE_TUNE)[0]
+        return self.id if self.parent is None else self.id.rpartition(FINE_TUNE)[0]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -50,15 +50,14 @@ class LeasedModels:
     Args:
         holder: The trial's name.
         pool: The sweep's pool.
-        base: The student's base weights.
         config: The sweep's settings.
     """
 
-    def __init__(self, holder: str, pool: "ActorHandle[Any]", *, base: Weights, config: SweepConfig) -> None:
+    def __init__(self, holder: str, pool: "ActorHandle[Any]", config: SweepConfig) -> None:
         self._holder = f"{holder}#{secrets.token_hex(4)}"  # a trial that is run again is another holder
         self._pool = pool
         self._config = config
-        self.weights = {base.id: base}
+        self.weights: dict[str, Weights] = {}
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}
         self._asking: dict[str, Future[None]] = {}

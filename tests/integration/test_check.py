@@ -107,7 +107,7 @@ def test_wrong_settings(check: Checked, values: dict[str, Any], message: str) ->
         ("optimizer_compile_args={'x': {}}", "optimizer_compile_args has key 'x'"),
         ("trainset=[dspy.Example(question='number 1', answer='2')], optimizer_compile_args={}", "add `.with_inputs(...)`"),
         ("optimizers=lambda ctx: 1 / 0", "optimizers(ctx) raised ZeroDivisionError"),
-        ("optimizers=lambda ctx: {'p': ctx.lm('hello')}", "build() and optimizers(ctx) must not ask the student's LM"),
+        ("optimizers=lambda ctx: {'p': ctx.lm('hello')}", "build() and optimizers(ctx) must not ask a served LM"),
         ("valset=None", "so nothing to rank 2 strategies by"),
     ],
 )

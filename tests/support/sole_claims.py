@@ -5,10 +5,12 @@ from pathlib import Path
 import dspy
 
 from bt_ray.better_together import StepOutcome
+from bt_ray.config import make_config
 from bt_ray.fingerprint import StepKey, digest
 from bt_ray.kept_steps import KeptSteps
 from bt_ray.lm import ServedEngine, Usage
 from bt_ray.results import StepFailure
+from bt_ray.served_models import ServedModels
 from bt_ray.storage import open_storage
 from bt_ray.store import StepStore
 from bt_ray.strategy import parent, prefixes
@@ -40,8 +42,9 @@ class OwnSteps(KeptSteps):
             for prefix in ["", *prefixes(strategy)]
         }
         store = StepStore(open_storage(str(folder)))
+        models = ServedModels(engine, make_config({"task": "unused:unused", "strategies": [strategy]}))
         super().__init__(
-            store, SoleClaims(), keys, program, engine, give_back=lambda: None, on_step=lambda step, loaded: None
+            store, SoleClaims(), keys, program, models, give_back=lambda: None, on_step=lambda step, loaded: None
         )
         self.outcomes: list[StepOutcome] = []
 

@@ -43,8 +43,8 @@ def test_a_wrong_setting_is_named_with_the_nearest_right_one(values: dict[str, o
 
 
 def test_a_missing_key_is_named() -> None:
-    with pytest.raises(ConfigError, match="'model' is missing"):
-        make_config({"task": "m:build", "strategies": ["p"]})
+    with pytest.raises(ConfigError, match="'strategies' is missing"):
+        make_config({"task": "m:build", "model": "m"})
 
 
 def test_settings_are_frozen_and_survive_json() -> None:

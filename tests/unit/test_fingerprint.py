@@ -89,7 +89,7 @@ def test_keys_are_those_of_any_other_process_place_and_hash_seed(tmp_path: Path)
         {"valset": tasks.examples(range(19))},
         {"trainset": tasks.examples(range(100, 121))},
     ],
-    ids=lambda change: ", ".join(change),
+    ids=", ".join,
 )
 def test_what_the_baseline_depends_on_changes_every_key(changes: dict[str, Any]) -> None:
     if "program" in changes:

@@ -44,15 +44,16 @@ LAYERS: dict[str, set[str]] = {
     "lm": {"config", "errors", "failures", "hosting", "serving", "weights"},
     "local_models": {"config", "errors", "hosting", "serving", "slot", "storage", "weights"},
     "better_together": {"errors", "failures", "hosting", "lm", "results", "strategy", "task", "teachers"},
-    "kept_steps": {"better_together", "errors", "failures", "fingerprint", "lm", "results", "store"},
+    "served_models": {"config", "errors", "lm", "weights"},
+    "kept_steps": {"better_together", "errors", "failures", "fingerprint", "lm", "results", "served_models", "store"},
     "best": {
-        "config", "errors", "kept_steps", "lm", "local_models", "node_disk", "results", "storage", "store", "task",
-        "weights",
+        "config", "errors", "kept_steps", "lm", "local_models", "node_disk", "results", "served_models", "storage", "store",
+        "task", "weights",
     },
     "prune": {"best", "run_directory", "storage", "training", "trainings", "weights"},
     "preflight": {
-        "config", "errors", "fingerprint", "hosting", "lm", "run_directory", "serving", "strategy", "task", "training",
-        "weights",
+        "config", "errors", "fingerprint", "hosting", "lm", "run_directory", "served_models", "strategy", "task",
+        "training", "weights",
     },
     "claims": {"results"},
     "actors": {
@@ -61,7 +62,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "trial": {
         "actors", "better_together", "config", "errors", "failures", "fingerprint", "hosting", "kept_steps", "lm",
-        "node_disk", "results", "storage", "store", "strategy", "task", "weights",
+        "node_disk", "results", "served_models", "storage", "store", "strategy", "task",
     },
     "cluster": {"actors", "config", "errors", "event_log", "events", "placement", "preflight", "storage"},
     "driver": {
@@ -73,7 +74,7 @@ LAYERS: dict[str, set[str]] = {
         "cluster", "config", "driver", "errors", "plan", "preflight", "prune", "report", "run_directory", "run_lock",
         "storage", "store",
     },
-    "__init__": {"best", "config", "driver", "errors", "results", "task", "teachers"},
+    "__init__": {"best", "config", "driver", "errors", "results", "served_models", "task", "teachers"},
 }  # fmt: skip
 
 RAY_FREE = set(LAYERS) - {"actors", "trial", "cluster", "driver", "cli", "__init__"}

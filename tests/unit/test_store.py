@@ -27,7 +27,7 @@ def commit(store: StepStore, fence: int, score: float) -> None:
 def test_a_committed_step_is_read_as_it_was(store: StepStore) -> None:
     commit(store, 7, 50.0)
     assert store.read("k") == replace(STEP, program="steps/k/000000000007-abc/program.json")
-    assert store.finished({"p": "k", "w": "other"}, "base").keys() == {"p"}
+    assert store.finished({"p": "k", "w": "other"}, {"base"}).keys() == {"p"}
 
 
 def test_an_attempt_counts_only_with_its_manifest(store: StepStore) -> None:
@@ -47,9 +47,9 @@ def test_of_two_attempts_the_later_claim_counts(store: StepStore, order: tuple[i
 def test_a_step_without_its_weights_is_not_finished(store: StepStore) -> None:
     program = store.write_program("k", "1", b"{}")
     store.commit(replace(STEP, program=program, weights={"self": "base-ft-1"}), "1")
-    assert store.finished({"p": "k"}, "base") == {}
+    assert store.finished({"p": "k"}, {"base"}) == {}
     store.storage.write_json("weights/base-ft-1/bt_ray_weights.json", {"id": "base-ft-1", "parent": "base"})
-    assert store.finished({"p": "k"}, "base").keys() == {"p"}
+    assert store.finished({"p": "k"}, {"base"}).keys() == {"p"}
 
 
 STRATEGIES = st.lists(st.lists(st.sampled_from("pwx"), min_size=1, max_size=4).map(" -> ".join), min_size=1, unique=True)
