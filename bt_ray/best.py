@@ -6,6 +6,7 @@ A program is kept as DSPy's JSON state without LMs; beside it stands which weigh
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import dspy
 
@@ -70,15 +71,15 @@ def load(folder: str | Path, task: str | None = None) -> dspy.Module:
     weights = {weights_id: _found(storage, weights_id, path) for weights_id, path in manifest["weights"].items()}
     models = ServedModels(_engine(LocalModels(weights, config.server, storage), config), config)
     with serving(models):
-        program = _load_program(task or manifest["task"])
+        program = _load_program(task or manifest["task"], config.args)
     assign_versions(program, manifest["predictors"], manifest.get("api_models", {}), models, weights.__getitem__)
     load_state(program, StepStore(storage).read_program(f"{name}/{PROGRAM}"))
     return program
 
 
-def _load_program(task: str) -> dspy.Module:
+def _load_program(task: str, args: Mapping[str, Any]) -> dspy.Module:
     try:
-        return load_task(task).program
+        return load_task(task, args).program
     except TaskError as error:
         raise TaskError(f'{error} If the task is elsewhere now: bt_ray.load(..., task="path/to/task.py:build").') from error
 

@@ -81,13 +81,16 @@ def check(
         from bt_ray.preflight import check_sweep
 
         checked = check_sweep(config, run_directory(config), accept_changes=accept_changes)
-        train, val, test = checked.examples
+        first = checked.first
+        train, val, test = first.examples
         console.print(f"task       {config.task}", highlight=False, soft_wrap=True)
         for base in checked.bases.values():
             console.print(f"model      {base.id} ({base.path})", highlight=False, soft_wrap=True)
         console.print(f"examples   {train} to train, {val} to validate, {test} to test")
-        console.print("optimizers " + ", ".join(f"{key} = {name}" for key, name in checked.optimizers.items()))
-        console.print("strategies " + ", ".join(f'"{name}"' for name in config.strategies), markup=False)
+        console.print("optimizers " + ", ".join(f"{key} = {name}" for key, name in first.optimizers.items()))
+        console.print("strategies " + ", ".join(f'"{name}"' for name in first.strategies), markup=False, soft_wrap=True)
+        if config.space:
+            console.print(f"variants   {len(checked.variants)}: {'; '.join(checked.variants)}", markup=False, soft_wrap=True)
         if not checked.bases:
             console.print("servers    none: all LMs are APIs'")
             console.print("All good.", style="green")
@@ -131,11 +134,12 @@ def plan(
 
         where = run_directory(config)
         checked = check_sweep(config, where, accept_changes=True)
-        keys = {prefix: key.key for prefix, key in checked.keys.items()}
-        finished = StepStore(open_storage(where)).finished(keys, checked.bases)
-        evaluated = checked.examples[1]
-        planned = make_plan(config.strategies, checked.keys, finished, evaluated * len(checked.task.program.predictors()))
-        console.print(step_tree(list(planned.steps), finished, set(planned.trainings)), soft_wrap=True)
+        keys, first = checked.keys, checked.first
+        finished = StepStore(open_storage(where)).finished({label: key.key for label, key in keys.items()}, checked.bases)
+        evaluated = first.examples[1]
+        trials = [strategy for variant in checked.variants.values() for strategy in variant.strategies]
+        planned = make_plan(trials, keys, finished, evaluated * len(first.task.program.predictors()))
+        console.print(step_tree(planned.steps, finished), soft_wrap=True)
         for line in plan_lines(planned, evaluated, config.server.gpus):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -150,8 +154,8 @@ def steps(run_dir: RunDirArgument) -> None:
         from bt_ray.report.steps import step_tree
         from bt_ray.run_directory import read_steps
 
-        prefixes, finished, trains = read_steps(_existing(run_dir))
-        Console().print(step_tree(prefixes, finished, trains), soft_wrap=True)
+        keys, finished = read_steps(_existing(run_dir))
+        Console().print(step_tree(keys, finished), soft_wrap=True)
 
 
 @app.command()
@@ -208,11 +212,13 @@ def sweep(
         config = _load(file, strategy, run_dir, assignments)
         from bt_ray.driver import run_sweep
         from bt_ray.report.progress import Progress
-        from bt_ray.report.table import closing_lines, result_table
+        from bt_ray.report.table import closing_lines, result_table, spread_table
 
-        with Progress(console, config.strategies) as progress:
+        with Progress(console) as progress:
             result = run_sweep(config, address=address, listener=progress, accept_changes=accept_changes)
         console.print(result_table(result))
+        if (spread := spread_table(result)) is not None:
+            console.print(spread)
         for line in closing_lines(result):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     if all(trial.error for trial in result.trials):

@@ -5,6 +5,7 @@ resolved copy is kept as JSON in the run directory. Unknown keys are refused wit
 no engine: what vLLM accepts is a list of names that ships with the package.
 """
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -12,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
 from bt_ray.errors import ConfigError, nearest
 from bt_ray.storage import check_location
@@ -185,6 +186,46 @@ class TrialConfig(Section):
     """How often one request is repeated after its server was lost and is back."""
 
 
+class EveryStrategy(Section):
+    """`strategies = "all(max_length = 3)"`: every sequence of the optimizers up to a length."""
+
+    max_length: int = Field(ge=1)
+    optimizers: tuple[str, ...] | None = None
+    """Default: the task's."""
+
+    @field_validator("optimizers", mode="before")
+    @classmethod
+    def _keys(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class StrategySearch(EveryStrategy):
+    """`strategies = { search = { max_length = 5, budget = "8 gpu-hours" } }`: the most promising, until the budget ends."""
+
+    budget: str
+    """A number of `steps`, `tokens`, `hours` (of time) or `gpu-hours` (of steps, each with the GPUs of a server)."""
+
+    @model_validator(mode="after")
+    def _known_unit(self) -> Self:
+        self.limit  # noqa: B018 - it says what is wrong
+        return self
+
+    @property
+    def limit(self) -> tuple[float, str]:
+        """The budget: how much, and of what."""
+        amount, _, unit = self.budget.strip().partition(" ")
+        try:
+            limit = float(amount)
+        except ValueError:
+            limit = 0.0
+        if limit <= 0 or unit.strip() not in BUDGETS:
+            raise ValueError(f'budget = "{self.budget}": write a number of {", ".join(BUDGETS)}, as in "24 steps"')
+        return limit, unit.strip()
+
+
+BUDGETS = ("steps", "tokens", "hours", "gpu-hours")
+
+
 class SweepConfig(Section):
     """All settings of a sweep. Top-level keys are those of the TOML's root, tables are its sections."""
 
@@ -192,7 +233,14 @@ class SweepConfig(Section):
     """`"module:function"` or `"path/to/file.py:function"`: what builds the `bt_ray.Task`."""
     model: str | None = None
     """The student's model: a folder, or a model id of the Hugging Face hub. For predictors that the task gives no LM."""
-    strategies: tuple[str, ...] = Field(min_length=1)
+    strategies: tuple[str, ...] | EveryStrategy | StrategySearch
+    """Strategies; or all up to a length; or a search among them."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the task's function."""
+    space: dict[str, Any] = Field(default_factory=dict)
+    """Settings that vary, by name: a list of values, or a distribution of Ray Tune's."""
+    num_samples: int = Field(1, ge=1)
+    """How often the space's distributions are drawn from."""
     run_dir: str | None = None
     seed: int = 0
     num_threads: int = Field(16, ge=1)
@@ -213,7 +261,30 @@ class SweepConfig(Section):
     @field_validator("strategies", mode="before")
     @classmethod
     def _strategies(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
+        if isinstance(value, str) and (found := re.fullmatch(r"all\(\s*max_length\s*=\s*(\d+)\s*\)", value)):
+            return EveryStrategy(max_length=int(found[1]))
+        if isinstance(value, Mapping) and len(value) == 1 and (kind := next(iter(value))) in ("all", "search"):
+            return (EveryStrategy if kind == "all" else StrategySearch).model_validate(value[kind])
+        if isinstance(value, list | tuple):
+            if not value:
+                raise ValueError("no strategy is given")
+            return tuple(value)
+        if isinstance(value, EveryStrategy | StrategySearch):
+            return value
+        raise ValueError(
+            'write a list, ["p -> w", "w -> p"], or "all(max_length = 3)", or '
+            '{ search = { max_length = 5, budget = "24 steps" } }'
+        )
+
+    @field_serializer("strategies")
+    def _strategies_as_written(self, value: Any) -> Any:
+        if isinstance(value, EveryStrategy | StrategySearch):
+            return {"search" if isinstance(value, StrategySearch) else "all": value.model_dump(mode="json")}
+        return value
+
+    @field_serializer("space", when_used="json")
+    def _space_as_json(self, space: dict[str, Any]) -> dict[str, Any]:
+        return {key: value if isinstance(value, list | dict) else str(value) for key, value in space.items()}
 
     @field_validator("run_dir")
     @classmethod
@@ -229,10 +300,10 @@ class SweepConfig(Section):
         """The settings as JSON, to be kept. `server.env` may hold secrets and is left out."""
         return self.model_dump(mode="json", exclude={"server": {"env"}})
 
-    def concurrent_trials(self, *, served: bool) -> int:
-        """Trials at a time. More than servers, because one that waits for a step of another's holds none."""
-        default = 2 * self.server.count if served else len(self.strategies)
-        return min(self.trial.max_concurrent or default, len(self.strategies))
+    def concurrent_trials(self, trials: int, *, served: bool) -> int:
+        """Trials at a time, of so many. More than servers, because one that waits for a step of another's holds none."""
+        default = 2 * self.server.count if served else trials
+        return min(self.trial.max_concurrent or default, trials)
 
 
 def load_config(
@@ -316,12 +387,19 @@ def with_absolute_paths(given: Mapping[str, Any], base: Path, *, refuse_relative
     task = values.get("task")
     if isinstance(task, str) and task.rpartition(":")[0].endswith(".py"):
         values["task"] = str(base / task)
-    if isinstance(model := values.get("model"), str) and looks_like_path(model, base):
-        values["model"] = str((base / Path(model).expanduser()).resolve())
+    if isinstance(model := values.get("model"), str):
+        values["model"] = _absolute_model(model, base)
+    space = values.get("space")
+    if isinstance(space, dict) and isinstance(space.get("model"), list):
+        values["space"] = {**space, "model": [_absolute_model(model, base) for model in space["model"]]}
     run_dir = values.get("run_dir")
     if isinstance(run_dir, str) and "://" not in run_dir:
         values["run_dir"] = str((base / Path(run_dir).expanduser()).resolve())
     return values
+
+
+def _absolute_model(model: str, base: Path) -> str:
+    return str((base / Path(model).expanduser()).resolve()) if looks_like_path(model, base) else model
 
 
 def _refuse_relative_paths(values: Mapping[str, Any], base: Path) -> None:

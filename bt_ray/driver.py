@@ -1,6 +1,5 @@
 """The driver of a sweep: check, place the servers, let Ray Tune run the trials, rank, keep the best, test it."""
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,26 +11,24 @@ from typing import TYPE_CHECKING, Any
 from bt_ray.best import keep_best
 from bt_ray.cluster import Listener, cause_of, connected, opened_pool, watched
 from bt_ray.config import SweepConfig, make_config, with_absolute_paths
-from bt_ray.errors import BtRayError, ConfigError, InfrastructureError, StorageError
-from bt_ray.events import Stage, StepFinished, TrialEnded, TrialLost, TrialStarted
+from bt_ray.errors import BtRayError, ConfigError, InfrastructureError
+from bt_ray.events import Stage, StepFinished, TrialEnded, TrialWaits
 from bt_ray.fingerprint import digest
-from bt_ray.node_disk import Scratch
-from bt_ray.preflight import Checked, check_sweep, inside_job
+from bt_ray.preflight import CheckedSweep, check_sweep, inside_job
 from bt_ray.results import Candidate, StepFailure, SweepResult, TrialResult
 from bt_ray.run_directory import RESULT, prepare_run_directory
 from bt_ray.run_lock import held
 from bt_ray.storage import open_storage
 from bt_ray.store import FinishedStep, StepStore
 from bt_ray.strategy import BASELINE, prefixes, start_order
+from bt_ray.task import Task
+from bt_ray.tuning import Trial, run_trials
 
 if TYPE_CHECKING:
     from bt_ray.trial import TrialSetup
 
 CLAIMS_PER_DRIVER = 1_000_000
 """Claims are numbered from this multiple of how many drivers the run directory has seen, so none is numbered twice."""
-
-
-RAY_TUNE_LOGS = ("ray.tune.tune", "ray.tune.execution.tune_controller", "ray.tune.analysis.experiment_analysis")
 
 
 def sweep(
@@ -85,33 +82,36 @@ def run_sweep(
 class _Sweep:
     """One run of a sweep, in its run directory."""
 
-    def __init__(self, config: SweepConfig, run_dir: str, checked: Checked, tell: Listener) -> None:
+    def __init__(self, config: SweepConfig, run_dir: str, checked: CheckedSweep, tell: Listener) -> None:
         self.config = config
         self.run_dir = run_dir
         self.checked = checked
         self.tell = tell
         self.store = StepStore(open_storage(run_dir))
         self.started = time.time()
+        named = [(strategy, name) for name, variant in checked.variants.items() for strategy in variant.strategies]
+        self.trials = [Trial(number, strategy, variant) for number, (strategy, variant) in enumerate(named)]
 
     def run(self, address: str | None, first_fence: int) -> SweepResult:
         """Compute what is not finished, keep the best, and test it."""
-        keys = self.checked.keys
+        keys = {key.key for key in self.checked.keys.values()}
         finished = self.finished()
-        if finished:
-            self.tell(Stage(f"{len(finished)} of {len(keys)} steps are finished already, the baseline included"))
-        if len(finished) == len(keys):
+        done = {step.key for steps in finished.values() for step in steps.values()}
+        if done:
+            self.tell(Stage(f"{len(done)} of {len(keys)} steps are finished already, the baseline included"))
+        if done == keys:
             result = self.with_known_test(self.gathered({}))
-            if result.test_score is not None or not self.checked.task.testset:
+            if result.test_score is not None or not self.task_of(result.best).testset:
                 self.keep(result)
                 return result
         with connected(address, self.tell) as own, self.pool(own) as pool:
-            setup = self.setup(pool, {finished[prefix].key for prefix in finished}, first_fence)
+            setups = self.setups(pool, done, first_fence)
             with watched(pool, self.store.storage, self.tell) if pool is not None else nullcontext():
-                errors = _run_trials(setup, finished, self.tell) if len(finished) < len(keys) else {}
+                errors = run_trials(self.waiting(finished), setups, self.tell) if done != keys else {}
                 result = self.with_known_test(self.gathered(errors))
                 self.keep(result)
-                if result.best is not None and result.test_score is None and self.checked.task.testset:
-                    self.store.storage.write_json(self.test_file(result.best), _tested(result.best, setup, self.tell))
+                if (best := result.best) is not None and result.test_score is None and self.task_of(best).testset:
+                    self.store.storage.write_json(self.test_file(best), _tested(best, setups[best.variant], self.tell))
                     result = self.with_known_test(self.gathered(errors))
                     self.keep(result)
         return result
@@ -122,55 +122,88 @@ class _Sweep:
             return nullcontext()
         return opened_pool(self.config, self.run_dir, self.checked.models_at_once, own, self.tell)
 
-    def setup(self, pool: Any, committed: set[str], first_fence: int) -> "TrialSetup":
+    def setups(self, pool: Any, committed: set[str], first_fence: int) -> "dict[str, TrialSetup]":
+        """What trials need to know, by variant."""
         from bt_ray.actors.step_claims import StepClaims
         from bt_ray.trial import TrialSetup
 
         claims = StepClaims.remote(committed, first_fence)  # type: ignore[attr-defined]
         task = portable_task(self.config.task)
-        return TrialSetup(self.config, task, self.run_dir, self.checked.keys, pool, claims)
+        variants = self.checked.variants.items()
+        return {
+            name: TrialSetup(checked.config, task, self.run_dir, checked.keys, pool, claims) for name, checked in variants
+        }
 
-    def finished(self) -> dict[str, FinishedStep]:
-        """The finished steps of the sweep's strategies, by prefix."""
-        return self.store.finished({prefix: key.key for prefix, key in self.checked.keys.items()}, self.checked.bases)
+    def finished(self) -> dict[str, dict[str, FinishedStep]]:
+        """The finished steps of each variant's strategies, by prefix."""
+        bases, variants = self.checked.bases, self.checked.variants.items()
+        return {name: self.store.finished({p: k.key for p, k in checked.keys.items()}, bases) for name, checked in variants}
 
-    def gathered(self, errors: Mapping[str, Exception]) -> SweepResult:
-        """What is on the store, as the result. `errors`: of trials that were lost, by strategy."""
-        finished = self.finished()
-        trials = []
-        for strategy in self.config.strategies:
-            steps = list(takewhile(bool, (finished.get(prefix) for prefix in [BASELINE, *prefixes(strategy)])))
-            candidates = tuple(step.candidate(strategy) for step in steps if step)
-            failure = None if strategy in finished else self.failure(strategy, errors.get(strategy))
-            trials.append(TrialResult(strategy, candidates, *((failure.message, failure.traceback) if failure else ())))
-            self.tell(TrialEnded(strategy, trials[-1].error))
-        return SweepResult(self.run_dir, tuple(trials), time.time() - self.started)
+    def waiting(self, finished: Mapping[str, Mapping[str, FinishedStep]]) -> list[Trial]:
+        """The trials that lack a step, in the order in which to start them; of the others, their steps are told."""
+        paths = {trial: [BASELINE, *prefixes(trial.strategy)] for trial in self.trials}
+        for trial in self.trials:
+            self.tell(TrialWaits(trial.strategy, trial.variant))
+        complete = [trial for trial in self.trials if finished[trial.variant].keys() >= set(paths[trial])]
+        for trial in complete:
+            self.tell_finished(trial, [finished[trial.variant][prefix] for prefix in paths[trial]])
+        keys = {variant: checked.keys for variant, checked in self.checked.variants.items()}
+        left = {
+            trial: [keys[trial.variant][prefix].key for prefix in path]
+            for trial, path in paths.items()
+            if trial not in complete
+        }
+        return start_order(left, {step.key for steps in finished.values() for step in steps.values()})
 
-    def failure(self, strategy: str, error: Exception | None) -> StepFailure:
+    def tell_finished(self, trial: Trial, steps: Sequence[FinishedStep]) -> None:
+        best: float | None = None
+        for step in steps:
+            best = step.score if best is None or step.score is None else max(best, step.score)
+            self.tell(StepFinished(trial.strategy, step.prefix, step.score, best, step.seconds, True, trial.variant))
+
+    def gathered(self, errors: Mapping[Trial, Exception]) -> SweepResult:
+        """What is on the store, as the result. `errors`: of trials that were lost."""
+        finished, results = self.finished(), []
+        for trial in self.trials:
+            found, values = finished[trial.variant], self.checked.variants[trial.variant].values
+            steps = list(takewhile(bool, (found.get(prefix) for prefix in [BASELINE, *prefixes(trial.strategy)])))
+            candidates = tuple(step.candidate(trial.strategy, trial.variant) for step in steps if step)
+            failure = None if trial.strategy in found else self.failure(trial, errors.get(trial))
+            message, traceback = (failure.message, failure.traceback) if failure else (None, None)
+            results.append(TrialResult(trial.strategy, candidates, message, traceback, values))
+            self.tell(TrialEnded(trial.strategy, results[-1].error, trial.variant))
+        return SweepResult(self.run_dir, tuple(results), time.time() - self.started)
+
+    def failure(self, trial: Trial, error: Exception | None) -> StepFailure:
         """Why a trial did not get to its end: what it recorded itself, or how it was lost."""
-        from bt_ray.trial import FAILURE_FILE, trial_name
+        from bt_ray.trial import FAILURE_FILE
 
-        recorded = self.store.storage.read_json(f"trials/{trial_name(self.config, strategy)}/{FAILURE_FILE}")
+        recorded = self.store.storage.read_json(f"trials/{trial.folder}/{FAILURE_FILE}")
         if recorded is not None:
             return StepFailure(**recorded)
         error = error or InfrastructureError("The trial was lost before its end.")
         return StepFailure(cause_of(error), str(error))
 
+    def task_of(self, best: Candidate | None) -> Task:
+        return (self.checked.variants[best.variant] if best is not None else self.checked.first).task
+
     def with_known_test(self, result: SweepResult) -> SweepResult:
         """The result with its best program's score on the testset, if that is on the store."""
-        if result.best is None or not self.checked.task.testset:
+        if result.best is None or not self.task_of(result.best).testset:
             return result
         scores = self.store.storage.read_json(self.test_file(result.best))
         return replace(result, test_score=scores[0], test_example_scores=tuple(scores[1])) if scores else result
 
     def test_file(self, best: Candidate) -> str:
         """Where the score of a program on the testset is kept."""
-        return f"tests/{self.checked.keys[best.prefix].key}-{digest(list(self.checked.task.testset or ()))}.json"
+        testset = digest(list(self.task_of(best).testset or ()))
+        return f"tests/{self.checked.variants[best.variant].keys[best.prefix].key}-{testset}.json"
 
     def keep(self, result: SweepResult) -> None:
         self.store.storage.write_json(RESULT, result.to_json())
-        if result.best is not None:
-            keep_best(result.best, self.store.storage, self.checked.bases, self.config, self.config.task)
+        if (best := result.best) is not None:
+            config = self.checked.variants[best.variant].config
+            keep_best(best, self.store.storage, self.checked.bases, config, config.task)
 
 
 def run_directory(config: SweepConfig) -> str:
@@ -200,59 +233,6 @@ def portable_task(task: str) -> str:
     return task
 
 
-def _run_trials(setup: "TrialSetup", finished: Mapping[str, FinishedStep], tell: Listener) -> dict[str, Exception]:
-    """Run a Ray Tune trial for each strategy that lacks a step; the errors of those that were lost, by strategy."""
-    import ray
-    from ray import tune
-    from ray.tune import FailureConfig, RunConfig, TuneConfig, TuneError, Tuner
-
-    from bt_ray.trial import run_trial
-
-    config = setup.config
-    strategies = [s for s in start_order(config.strategies, finished) if not finished.keys() >= {BASELINE, *prefixes(s)}]
-    for strategy in config.strategies:
-        if strategy not in strategies:
-            _tell_finished(strategy, finished, tell)
-    tell(Stage(f"Running {len(strategies)} {'strategy' if len(strategies) == 1 else 'strategies'}"))
-    for name in RAY_TUNE_LOGS:  # tracebacks of lost trials, which stand in the result, and files that nobody asked for
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    trainable = tune.with_resources(tune.with_parameters(run_trial, setup=setup), {"CPU": config.trial.cpus})
-    concurrent = config.concurrent_trials(served=setup.pool is not None)
-    errors: dict[str, Exception] = {}
-    with Scratch("tune") as own_files:  # nobody reads them: the steps are on the store
-        try:
-            tuner = Tuner(
-                trainable,
-                param_space={"strategy": tune.grid_search(strategies)},
-                # Each trial gets a fresh process: a task may call `dspy.configure`, which one thread of a process may.
-                tune_config=TuneConfig(max_concurrent_trials=concurrent, reuse_actors=False),
-                run_config=RunConfig(
-                    name="tune",
-                    storage_path=str(own_files.folder),
-                    verbose=0,
-                    failure_config=FailureConfig(max_failures=config.trial.max_failures),
-                    callbacks=[_tune_callback(tell)],
-                ),
-            )
-            for outcome in tuner.fit():
-                if outcome.error is not None and outcome.config is not None:
-                    errors[outcome.config["strategy"]] = outcome.error
-        except (TuneError, ray.exceptions.RayError) as error:  # the trials kept what they found
-            errors = dict.fromkeys(config.strategies, error)
-        except OSError as error:
-            raise StorageError(f"{own_files.folder} on this machine cannot be written: {error}") from error
-    return errors
-
-
-def _tell_finished(strategy: str, finished: Mapping[str, FinishedStep], tell: Listener) -> None:
-    """Tell the steps of a strategy that lacks none."""
-    best: float | None = None
-    for prefix in [BASELINE, *prefixes(strategy)]:
-        step = finished[prefix]
-        best = step.score if best is None or step.score is None else max(best, step.score)
-        tell(StepFinished(strategy, prefix, step.score, best, step.seconds, loaded=True))
-
-
 def _tested(best: Candidate, setup: "TrialSetup", tell: Listener) -> tuple[float, Sequence[float]]:
     """The best program's score on the testset, in percent, and the metric's value for each example."""
     import ray
@@ -269,42 +249,3 @@ def _tested(best: Candidate, setup: "TrialSetup", tell: Listener) -> tuple[float
             raise cause from error
         raise InfrastructureError(f"The test of the best program was lost: {error}") from error
     return scores
-
-
-def last_failure(errors: str) -> str:
-    """The last failure in Ray Tune's error file of a trial, in a line."""
-    lines = errors.rpartition("Failure # ")[2].strip().splitlines()[1:]
-    ours = [line.partition(": ")[2] for line in lines if line.startswith("bt_ray.errors.")]
-    return ours[-1] if ours else (lines or ["its process died"])[0]
-
-
-def _tune_callback(tell: Listener) -> Any:
-    from ray.tune import Callback
-
-    class Told(Callback):  # type: ignore[misc]
-        """Passes on what Ray Tune's trials report."""
-
-        def __reduce__(self) -> tuple[type, tuple[()]]:
-            return Callback, ()  # Ray Tune keeps a copy of its callbacks on disk, which nobody reads
-
-        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            tell(TrialStarted(trial.config["strategy"]))
-
-        def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            tell(TrialLost(trial.config["strategy"], last_failure(Path(trial.error_file).read_text())))
-
-        def on_trial_result(
-            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-        ) -> None:
-            tell(
-                StepFinished(
-                    trial.config["strategy"],
-                    result["prefix"],
-                    result["score"],
-                    result["best_score"],
-                    result["seconds"],
-                    result["loaded"],
-                )
-            )
-
-    return Told()

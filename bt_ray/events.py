@@ -12,10 +12,19 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class TrialWaits:
+    """A trial will be run: of `strategy`, under the `variant` of the settings that it names (`""` without a space)."""
+
+    strategy: str
+    variant: str = ""
+
+
+@dataclass(frozen=True)
 class TrialStarted:
     """Ray Tune started the trial of `strategy`, or started it again."""
 
     strategy: str
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class StepFinished:
     best_score: float | None
     seconds: float
     loaded: bool = False
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,7 @@ class TrialLost:
 
     strategy: str
     reason: str
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,7 @@ class TrialEnded:
 
     strategy: str
     error: str | None
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,4 +134,4 @@ def event_line(event: Recorded) -> dict[str, Any]:
     return {"kind": kind, **{name: value for name, value in asdict(event).items() if value not in (None, "")}}
 
 
-Event = Stage | TrialStarted | StepFinished | TrialLost | TrialEnded | ServerChanged | ServerReplaced
+Event = Stage | TrialWaits | TrialStarted | StepFinished | TrialLost | TrialEnded | ServerChanged | ServerReplaced

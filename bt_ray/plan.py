@@ -1,6 +1,6 @@
 """What a sweep will compute, before anything is paid for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
@@ -31,9 +31,9 @@ class Plan:
     """What a sweep will compute.
 
     Attributes:
-        steps: All steps by prefix, the baseline first, each after its parent.
-        finished: Those that are finished, by prefix.
-        one_by_one: Steps, and baselines, that the strategies would take without sharing.
+        steps: All steps by label, each after its parent.
+        finished: Those that are finished, by label.
+        one_by_one: Steps, and baselines, that the trials would take without sharing.
         estimate: What the others take.
     """
 
@@ -44,43 +44,47 @@ class Plan:
 
     @property
     def new(self) -> list[str]:
-        return [prefix for prefix in self.steps if prefix not in self.finished]
+        return [label for label in self.steps if label not in self.finished]
+
+    @property
+    def baselines(self) -> int:
+        return sum(key.prefix == BASELINE for key in self.steps.values())
 
     @property
     def trainings(self) -> list[str]:
         """The new steps that fine-tune."""
-        return [prefix for prefix in self.new if self.steps[prefix].trains]
+        return [label for label in self.new if self.steps[label].trains]
 
 
 def make_plan(
-    strategies: Sequence[str], keys: Mapping[str, StepKey], finished: Mapping[str, FinishedStep], evaluation_requests: int
+    trials: Sequence[str], keys: Mapping[str, StepKey], finished: Mapping[str, FinishedStep], evaluation_requests: int
 ) -> Plan:
-    """The plan for `strategies`.
+    """The plan for a sweep.
 
     Args:
-        strategies: The sweep's strategies.
-        keys: The key of each step and of the baseline, by prefix.
-        finished: The finished ones, by prefix.
+        trials: The strategy of each of its trials.
+        keys: The key of each step, by label.
+        finished: The finished ones, by label.
         evaluation_requests: Requests that one evaluation on the valset takes.
     """
-    steps = dict(sorted(keys.items(), key=lambda item: length(item[0])))
-    new = [prefix for prefix in steps if prefix not in finished]
-    alone = sum(len(prefixes(strategy)) for strategy in strategies)
-    return Plan(steps, dict(finished), (alone, len(strategies)), _estimate(new, finished, evaluation_requests))
+    steps = dict(sorted(keys.items(), key=lambda item: length(item[1].prefix)))
+    new = [key for label, key in steps.items() if label not in finished]
+    alone = sum(len(prefixes(strategy)) for strategy in trials)
+    return Plan(steps, dict(finished), (alone, len(trials)), _estimate(new, finished.values(), evaluation_requests))
 
 
-def _estimate(new: Sequence[str], finished: Mapping[str, FinishedStep], evaluation_requests: int) -> Estimate:
+def _estimate(new: Sequence[StepKey], finished: Collection[FinishedStep], evaluation_requests: int) -> Estimate:
     requests, tokens, seconds, unknown = 0, 0, 0.0, []
-    for prefix in new:
-        alike = [step for other, step in finished.items() if _optimizer(other) == _optimizer(prefix)]
+    for key in new:
+        alike = [step for step in finished if _optimizer(step.prefix) == _optimizer(key.prefix)]
         if alike:
             requests += round(mean(step.requests for step in alike))
             tokens += round(mean(step.prompt_tokens + step.completion_tokens for step in alike))
             seconds += mean(step.seconds for step in alike)
         else:
             requests += evaluation_requests
-            unknown.append(prefix)
-    return Estimate(requests, tokens, seconds, tuple(unknown))
+            unknown.append(key.prefix)
+    return Estimate(requests, tokens, seconds, tuple(dict.fromkeys(unknown)))
 
 
 def _optimizer(prefix: str) -> str:

@@ -4,21 +4,23 @@ import contextlib
 import io
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dspy.teleprompt.bootstrap_finetune import FinetuneTeleprompter
 from dspy.teleprompt.teleprompt import Teleprompter
 
-from bt_ray.config import SweepConfig
+from bt_ray.config import EveryStrategy, StrategySearch, SweepConfig
 from bt_ray.errors import BtRayError, ConfigError, InfrastructureFailure, ResourcesError, TaskError
 from bt_ray.fingerprint import StepKey, step_keys
 from bt_ray.hosting import FailureLatch, NoModels
 from bt_ray.lm import ServedEngine, student_lm
 from bt_ray.run_directory import check_run_directory
 from bt_ray.served_models import ServedModels, serving, weights_of
-from bt_ray.strategy import BASELINE, all_prefixes, check_distinct, parse
+from bt_ray.space import Variant, variants
+from bt_ray.strategy import BASELINE, all_prefixes, check_distinct, every, parse, step_label
 from bt_ray.task import StepContext, Task, check_optimizers, load_task, step_seed
 from bt_ray.training.job import check_trainable
 from bt_ray.weights import Weights
@@ -26,26 +28,66 @@ from bt_ray.weights import Weights
 
 @dataclass(frozen=True)
 class Checked:
-    """A sweep that can start.
+    """A sweep that can start, under one variant of its settings.
 
     Attributes:
+        config: The settings.
+        values: Those that differ between variants, by name.
         task: The task, with LMs assigned that answer nothing.
         bases: The base models that the sweep serves, by id: none if all LMs are APIs'.
         examples: Sizes of trainset, valset (0: none) and testset.
         optimizers: The optimizers' class names by key.
         models_at_once: How many versions of served models the program asks at once, at most.
+        strategies: The strategies, as they are written out; of a search all that it may try.
         keys: The key of the baseline and of each step of the strategies, by prefix.
     """
 
+    config: SweepConfig
+    values: dict[str, Any]
     task: Task
     bases: dict[str, Weights]
     examples: tuple[int, int, int]
     optimizers: dict[str, str]
     models_at_once: int
+    strategies: tuple[str, ...]
     keys: dict[str, StepKey]
 
 
-def check_sweep(config: SweepConfig, run_dir: str | None, *, accept_changes: bool = False) -> Checked:
+@dataclass(frozen=True)
+class CheckedSweep:
+    """A sweep that can start.
+
+    Attributes:
+        variants: By name; a sweep without a space has one, named `""`.
+    """
+
+    variants: dict[str, Checked]
+
+    @property
+    def first(self) -> Checked:
+        return next(iter(self.variants.values()))
+
+    @property
+    def bases(self) -> dict[str, Weights]:
+        """The base models that the sweep serves, by id: none if all LMs are APIs'."""
+        return {weights_id: base for checked in self.variants.values() for weights_id, base in checked.bases.items()}
+
+    @property
+    def models_at_once(self) -> int:
+        """How many versions of served models a program asks at once, at most."""
+        return max(checked.models_at_once for checked in self.variants.values())
+
+    @property
+    def keys(self) -> dict[str, StepKey]:
+        """The key of each step, by its label, each once: that of the first variant that has it."""
+        found: dict[str, tuple[str, StepKey]] = {}
+        for variant, checked in self.variants.items():
+            for prefix, key in checked.keys.items():
+                found.setdefault(key.key, (step_label(prefix, variant), key))
+        return dict(found.values())
+
+
+def check_sweep(config: SweepConfig, run_dir: str | None, *, accept_changes: bool = False) -> CheckedSweep:
     """Check everything that needs no cluster.
 
     Args:
@@ -56,46 +98,51 @@ def check_sweep(config: SweepConfig, run_dir: str | None, *, accept_changes: boo
     Raises:
         BtRayError: The first thing that would make the sweep fail, and what to do about it.
     """
-    none = NoModels("No model is served during a check: build() and optimizers(ctx) must not ask a served LM.")
-    models = ServedModels(ServedEngine(none, FailureLatch(), retries=0, timeout_s=1, max_connections=1), config)
-    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()), serving(models):
-        task = load_task(config.task)
-        models.assign_student(task.program)
-
-        def context(prefix: str) -> StepContext:
-            return StepContext(prefix, step_seed(config.seed, prefix), Path(scratch), student_lm(task.program))
-
-        optimizers = _built(task, context(BASELINE))
-        keys = _keys(task, config, models.student, optimizers, context)
-    check_distinct(config.strategies)
-    strategies = [parse(strategy, optimizers) for strategy in config.strategies]
-    check_optimizers(task, optimizers, strategies)
-    examples = _check_validation(task, config)
-    weight_keys = {key for key, optimizer in optimizers.items() if isinstance(optimizer, FinetuneTeleprompter)}
-    served = weights_of(task.program)
-    if served and any(key in weight_keys for keys in strategies for key in keys):
-        check_trainable(config.server, config.train)
+    checked = CheckedSweep({variant.name: _checked(variant) for variant in variants(config)})
+    if isinstance(config.strategies, StrategySearch) and config.space:
+        raise ConfigError("space: a search over strategies takes no space. Search first, then vary what it found.")
     if run_dir is not None:
         if config.trial.resume_optimizers and "://" in run_dir:
             raise ConfigError(
                 "trial.resume_optimizers: optimizers keep their state in files, so the run directory must be on a "
                 f"filesystem that all nodes share; it is {run_dir}."
             )
-        check_run_directory(run_dir, keys, accept_changes=accept_changes)
+        check_run_directory(run_dir, checked.keys, accept_changes=accept_changes)
+    return checked
+
+
+def _checked(variant: Variant) -> Checked:
+    config = variant.config
+    none = NoModels("No model is served during a check: build() and optimizers(ctx) must not ask a served LM.")
+    models = ServedModels(ServedEngine(none, FailureLatch(), retries=0, timeout_s=1, max_connections=1), config)
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()), serving(models):
+        task = load_task(config.task, config.args)
+        models.assign_student(task.program)
+
+        def context(prefix: str) -> StepContext:
+            return StepContext(prefix, step_seed(config.seed, prefix), Path(scratch), student_lm(task.program))
+
+        optimizers = _built(task, context(BASELINE))
+        strategies = _strategies(config, optimizers)
+        parsed = [parse(strategy, optimizers) for strategy in strategies]
+        keys = step_keys(task, config, models.student, all_prefixes(strategies), context)
+    check_distinct(strategies)
+    check_optimizers(task, optimizers, parsed)
+    examples = _check_validation(task, config, len(strategies))
+    weight_keys = {key for key, optimizer in optimizers.items() if isinstance(optimizer, FinetuneTeleprompter)}
+    served = weights_of(task.program)
+    if served and any(key in weight_keys for strategy in parsed for key in strategy):
+        check_trainable(config.server, config.train)
     names = {key: type(optimizer).__name__ for key, optimizer in optimizers.items()}
-    return Checked(task, models.bases, examples, names, len(set(served.values())), keys)
+    models_at_once = len(set(served.values()))
+    return Checked(config, variant.values, task, models.bases, examples, names, models_at_once, strategies, keys)
 
 
-def _keys(
-    task: Task,
-    config: SweepConfig,
-    base: Weights | None,
-    optimizers: Mapping[str, Teleprompter],
-    context: Callable[[str], StepContext],
-) -> dict[str, StepKey]:
-    for strategy in config.strategies:
-        parse(strategy, optimizers)
-    return step_keys(task, config, base, all_prefixes(config.strategies), context)
+def _strategies(config: SweepConfig, optimizers: Mapping[str, Teleprompter]) -> tuple[str, ...]:
+    given = config.strategies
+    if isinstance(given, EveryStrategy):
+        return tuple(every(given.optimizers or list(optimizers), given.max_length))
+    return given
 
 
 def _built(task: Task, context: StepContext) -> Mapping[str, Teleprompter]:
@@ -109,16 +156,16 @@ def _built(task: Task, context: StepContext) -> Mapping[str, Teleprompter]:
         raise TaskError(f"optimizers(ctx) raised {type(error).__name__}: {error}") from error
 
 
-def _check_validation(task: Task, config: SweepConfig) -> tuple[int, int, int]:
+def _check_validation(task: Task, config: SweepConfig, strategies: int) -> tuple[int, int, int]:
     train, test = len(task.trainset), len(task.testset or ())
     if task.valset:
         return train, len(task.valset), test
     held_out = int(config.valset_ratio * train)
-    if held_out == 0 and len(config.strategies) > 1:
+    if held_out == 0 and strategies > 1:
         why = "valset_ratio = 0" if config.valset_ratio == 0 else f"valset_ratio = {config.valset_ratio} of {train} examples"
         raise ConfigError(
             f"There is no validation ({why}, and the task has no valset), so nothing to rank "
-            f"{len(config.strategies)} strategies by. Give a valset, a larger valset_ratio, or a single strategy."
+            f"{strategies} strategies by. Give a valset, a larger valset_ratio, or a single strategy."
         )
     if held_out == train:
         raise ConfigError(f"valset_ratio = {config.valset_ratio} leaves no training example.")

@@ -38,14 +38,14 @@ def find_prunable(storage: Storage, *, only_best: bool = False) -> Prunable:
     Raises:
         ConfigError: No sweep was run there.
     """
-    prefixes, finished, _ = read_steps(storage)
+    keys, finished = read_steps(storage)
     best = storage.read_json(f"{BEST}/{MANIFEST}") or {"predictors": {}}
     needed = set(best["predictors"].values())
     if not only_best:
         needed |= {weights_id for step in finished.values() for weights_id in step.weights.values()}
     weights = storage.names(WEIGHTS)
     names = [f"{WEIGHTS}/{weights_id}" for weights_id in weights if weights_id not in needed]
-    if len(finished) == len(prefixes):
+    if len(finished) == len(keys):
         names += _checkpoints(storage)
     return Prunable(tuple(names), sum(storage.size(name) for name in names), sum(name in needed for name in weights))
 

@@ -1,6 +1,8 @@
 """What a sweep found: frozen candidates, trials and the ranked whole, as JSON in `result.json`."""
 
+import json
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -10,6 +12,11 @@ from bt_ray.storage import open_storage, parent_and_name
 from bt_ray.strategy import length
 
 SCHEMA_VERSION = 1
+
+
+def variant_name(values: Mapping[str, Any]) -> str:
+    """Names a variant of a sweep's settings by what it has of the space; `""` for nothing."""
+    return ", ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items())
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,7 @@ class Candidate:
         weights: The id of the weights that each predictor uses, by the predictor's name.
         program: DSPy's JSON state of the program, relative to the run directory.
         api_models: The model of each predictor whose LM no server of the sweep answers for, by the predictor's name.
+        variant: Names the settings of the sweep's space that it was computed under; `""` without a space.
     """
 
     strategy: str
@@ -37,6 +45,7 @@ class Candidate:
     weights: dict[str, str]
     program: str
     api_models: dict[str, str] = field(default_factory=dict)
+    variant: str = ""
 
     @property
     def rank_key(self) -> tuple[float, int]:
@@ -68,12 +77,14 @@ class TrialResult:
         candidates: The baseline and each finished step, in order.
         error: Why it ended early, None if it did not.
         traceback: Of that error.
+        settings: Those of the sweep's space, by name; empty without a space.
     """
 
     strategy: str
     candidates: tuple[Candidate, ...] = ()
     error: str | None = None
     traceback: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def best(self) -> Candidate | None:
@@ -92,6 +103,23 @@ class TrialResult:
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """A step that a search did not try.
+
+    Attributes:
+        prefix: The step.
+        expected: Its score, in percent, as far as the search can tell.
+        spread: The standard deviation of that.
+        reason: Why it was not tried.
+    """
+
+    prefix: str
+    expected: float
+    spread: float
+    reason: str
+
+
+@dataclass(frozen=True)
 class SweepResult:
     """The result of a sweep.
 
@@ -103,6 +131,7 @@ class SweepResult:
         test_score: Of the best program on the testset, in percent; None without a testset.
         test_example_scores: The metric's value for each test example, in order.
         seconds: Wall time of the sweep.
+        skipped: Steps that a search over strategies did not try, the most promising first.
     """
 
     run_dir: str
@@ -110,6 +139,7 @@ class SweepResult:
     seconds: float
     test_score: float | None = None
     test_example_scores: tuple[float, ...] = ()
+    skipped: tuple["Skipped", ...] = ()
     schema_version: int = field(default=SCHEMA_VERSION)
 
     @property
@@ -134,6 +164,7 @@ class SweepResult:
             "test_example_scores": self.test_example_scores,
             "candidates": [asdict(candidate) for candidate in self.candidates],
             "trials": [trial.to_json() for trial in self.trials],
+            "skipped": [asdict(step) for step in self.skipped],
         }
 
     @classmethod
@@ -153,5 +184,6 @@ class SweepResult:
             seconds=values["seconds"],
             test_score=values["test_score"],
             test_example_scores=tuple(values["test_example_scores"]),
+            skipped=tuple(Skipped(**step) for step in values.get("skipped", ())),
             schema_version=values["schema_version"],
         )

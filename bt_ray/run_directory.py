@@ -60,8 +60,8 @@ def _shown(prefixes: Sequence[str]) -> str:
     return ", ".join(f'"{prefix}"' if prefix else "the baseline" for prefix in prefixes)
 
 
-def read_steps(storage: Storage) -> tuple[list[str], dict[str, FinishedStep], set[str]]:
-    """The steps of a run directory, shorter ones first; the finished ones by prefix; and those that fine-tune.
+def read_steps(storage: Storage) -> tuple[dict[str, StepKey], dict[str, FinishedStep]]:
+    """The steps of a run directory by label, shorter ones first, and the finished ones.
 
     Raises:
         ConfigError: No sweep was run there.
@@ -69,9 +69,9 @@ def read_steps(storage: Storage) -> tuple[list[str], dict[str, FinishedStep], se
     known = _steps(storage.read_json(SWEEP))
     if not known:
         raise ConfigError(f"{storage.location} is no run directory of a sweep: it has no {SWEEP}.")
-    found = {prefix: StepStore(storage).read(step["key"]) for prefix, step in known.items()}
-    finished = {prefix: step for prefix, step in found.items() if step is not None}
-    return sorted(known, key=length), finished, {prefix for prefix, step in known.items() if step["trains"]}
+    keys = {label: StepKey(**step) for label, step in sorted(known.items(), key=lambda item: length(item[1]["prefix"]))}
+    found = {label: StepStore(storage).read(key.key) for label, key in keys.items()}
+    return keys, {label: step for label, step in found.items() if step is not None}
 
 
 def _steps(values: Any) -> dict[str, Any]:

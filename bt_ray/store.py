@@ -57,8 +57,8 @@ class FinishedStep:
     completion_tokens: int = 0
     api_models: dict[str, str] = field(default_factory=dict)
 
-    def candidate(self, strategy: str) -> Candidate:
-        """The step as a candidate of `strategy`, which has it as a prefix."""
+    def candidate(self, strategy: str, variant: str = "") -> Candidate:
+        """The step as a candidate of `strategy`, which has it as a prefix, under a variant of the settings."""
         return Candidate(
             strategy=strategy,
             prefix=self.prefix,
@@ -69,6 +69,7 @@ class FinishedStep:
             weights=self.weights,
             program=self.program,
             api_models=self.api_models,
+            variant=variant,
         )
 
 

@@ -3,7 +3,9 @@
 A step is named by its prefix: `"p -> w"` is the second step of `"p -> w -> p"`. The empty prefix is the baseline.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import product
+from typing import TypeVar
 
 from bt_ray.errors import ConfigError, nearest
 
@@ -63,15 +65,34 @@ def all_prefixes(strategies: Iterable[str]) -> list[str]:
     return sorted({prefix for strategy in strategies for prefix in prefixes(strategy)}, key=length)
 
 
-def start_order(strategies: Iterable[str], finished: Collection[str]) -> list[str]:
-    """The order in which to start trials: the most different unfinished steps under way first, then the longest path."""
-    waiting, under_way, order = list(strategies), set[str](), []
+def every(optimizers: Sequence[str], max_length: int) -> list[str]:
+    """Every strategy of these optimizers, shorter ones first."""
+    lengths = range(1, max_length + 1)
+    return [SEPARATOR.join(keys) for count in lengths for keys in product(optimizers, repeat=count)]
 
-    def todo(strategy: str) -> list[str]:
-        return [prefix for prefix in prefixes(strategy) if prefix not in finished]
 
-    def rank(strategy: str) -> tuple[bool, int]:
-        steps = todo(strategy)
+def step_label(prefix: str, variant: str) -> str:
+    """Names a step among those of a whole sweep: its prefix, and the variant of the settings that it belongs to."""
+    return f"{prefix or 'baseline'} [{variant}]" if variant else prefix
+
+
+T = TypeVar("T")
+
+
+def start_order(paths: Mapping[T, Sequence[str]], finished: Collection[str]) -> list[T]:
+    """The order in which to start trials: the most different unfinished steps under way first, then the longest path.
+
+    Args:
+        paths: The keys of the steps of each trial, in order.
+        finished: The keys of those that are finished.
+    """
+    waiting, under_way, order = list(paths), set[str](), []
+
+    def todo(trial: T) -> list[str]:
+        return [key for key in paths[trial] if key not in finished]
+
+    def rank(trial: T) -> tuple[bool, int]:
+        steps = todo(trial)
         return not steps or steps[0] in under_way, -len(steps)
 
     while waiting:

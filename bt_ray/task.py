@@ -120,14 +120,15 @@ def takes_teacher(optimizer: Teleprompter) -> bool:
     return "teacher" in inspect.signature(optimizer.compile).parameters and not isinstance(optimizer, GEPA)
 
 
-def load_task(spec: str) -> Task:
+def load_task(spec: str, args: Mapping[str, Any] | None = None) -> Task:
     """Import the task function that `spec` names, call it, and check what it returns.
 
     Args:
         spec: `"module:function"`, or `"path/to/file.py:function"` (relative to the current directory).
+        args: Arguments of the function, by name.
 
     Raises:
-        TaskError: Nothing can be loaded from `spec`, or what it returns is no usable task.
+        TaskError: Nothing can be loaded from `spec`, it does not take `args`, or what it returns is no usable task.
     """
     where, separator, name = spec.rpartition(":")
     if not separator or not where or not name:
@@ -140,7 +141,11 @@ def load_task(spec: str) -> Task:
     if not callable(function):
         raise TaskError(f"{spec} is no function.")
     try:
-        task = function()
+        inspect.signature(function).bind(**(args or {}))
+    except (TypeError, ValueError) as error:
+        raise TaskError(f"{spec} does not take the arguments {sorted(args or {})} of [args]: {error}.") from None
+    try:
+        task = function(**(args or {}))
     except Exception as error:
         raise TaskError(f"{spec} raised {type(error).__name__}: {error}") from error
     if not isinstance(task, Task):

@@ -34,10 +34,10 @@ FAILURE_FILE, LOG, SCRATCH = "failure.json", "log.txt", "scratch"
 
 @dataclass(frozen=True)
 class TrialSetup:
-    """What every trial of a sweep needs to know.
+    """What every trial of a sweep needs to know, under one variant of its settings.
 
     Attributes:
-        config: The sweep's settings.
+        config: The settings.
         task: The task's spec as a worker resolves it.
         run_dir: The location of the sweep's run directory.
         keys: The key of each step, by prefix.
@@ -57,18 +57,13 @@ class TrialSetup:
         return StepStore(open_storage(self.run_dir))
 
 
-def trial_name(config: SweepConfig, strategy: str) -> str:
-    """The trial's folder below `trials/`."""
-    return f"{config.strategies.index(strategy):03d}-{strategy.replace(SEPARATOR, '-')}"
-
-
-def run_trial(params: dict[str, Any], setup: TrialSetup) -> None:
-    """Ray Tune's trainable: walk `params["strategy"]`, keep and report each step.
+def run_trial(params: dict[str, Any], setups: Mapping[str, TrialSetup]) -> None:
+    """Ray Tune's trainable: walk the strategy of `params["trial"]` under its variant, keep and report each step.
 
     A failure of the user's is kept in the trial's folder. Lost infrastructure is raised, and Ray Tune runs the trial again.
     """
-    strategy = params["strategy"]
-    folder = f"trials/{trial_name(setup.config, strategy)}"
+    trial = params["trial"]
+    strategy, folder, setup = trial["strategy"], f"trials/{trial['folder']}", setups[trial["variant"]]
     with work_folder(setup.store.storage, folder) as here, _log_file(here / LOG):
         reporter = _Reporter(setup.run_dir)
         try:
@@ -188,7 +183,7 @@ def student(setup: TrialSetup, holder: str, threads: int) -> Iterator[tuple[Any,
     models = ServedModels(engine, config)
     try:
         with serving(models):
-            task = load_task(setup.task)
+            task = load_task(setup.task, config.args)
             models.assign_student(task.program)
             yield task, models, hosted
     finally:
@@ -207,14 +202,14 @@ class _Reporter:
         if step.score is not None:
             self._best = step.score if self._best is None else max(self._best, step.score)
         values = {"prefix": step.prefix, "score": step.score, "best_score": self._best, "seconds": step.seconds}
-        tune.report({**values, "loaded": loaded})
+        tune.report({**values, "tokens": step.prompt_tokens + step.completion_tokens, "loaded": loaded})
         self._reported = True
         if not loaded:
             self._metrics.step(step.seconds, step.requests, step.prompt_tokens, step.completion_tokens)
 
     def finish(self) -> None:
         if not self._reported:  # Ray Tune takes a trial that never reported for a lost one
-            tune.report({"prefix": BASELINE, "score": None, "best_score": None, "seconds": 0.0, "loaded": False})
+            tune.report({"prefix": BASELINE, "score": None, "best_score": None, "seconds": 0.0, "loaded": True})
 
 
 def _max_errors(config: SweepConfig) -> dict[str, int]:

@@ -20,10 +20,12 @@ from bt_ray.events import (
     TrialEnded,
     TrialLost,
     TrialStarted,
+    TrialWaits,
 )
-from bt_ray.report.table import percent
+from bt_ray.report.table import percent, trial_label
 from bt_ray.strategy import prefixes
 
+_OfATrial = TrialWaits | TrialStarted | StepFinished | TrialLost | TrialEnded
 TRAINING_LINES_S = 30
 """Seconds between two lines about one training, where there is no live table."""
 
@@ -43,12 +45,12 @@ class _Row:
 class Progress:
     """Shows a sweep's events. Use it as a context manager, and give it to the sweep as its listener."""
 
-    def __init__(self, console: Console, strategies: tuple[str, ...]) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
         self._lock = threading.Lock()
         self._started = time.time()
         self._stage = ""
-        self._rows = {strategy: _Row(strategy) for strategy in strategies}
+        self._rows: dict[str, _Row] = {}
         self._servers: dict[int, ServerChanged] = {}
         self._told_training: dict[int, float] = {}
         live = console.is_terminal
@@ -76,24 +78,30 @@ class Progress:
         match event:
             case Stage(text):
                 self._stage = text
-            case TrialStarted(strategy):
-                self._rows[strategy].scores = []
-                self._rows[strategy].running("")
+            case TrialWaits():
+                self._row(event)
+            case TrialStarted():
+                self._row(event).scores = []
+                self._row(event).running("")
             case StepFinished(strategy, prefix, score):
                 steps = prefixes(strategy)
                 position = steps.index(prefix) + 1 if prefix else 0
-                self._rows[strategy].scores.append(percent(score))
-                self._rows[strategy].running(steps[position] if position < len(steps) else None)
-            case TrialLost(strategy):
-                self._rows[strategy].state = "lost, runs again"
-            case TrialEnded(strategy, error):
-                self._rows[strategy].state = f"ended early: {error}" if error else "done"
+                self._row(event).scores.append(percent(score))
+                self._row(event).running(steps[position] if position < len(steps) else None)
+            case TrialLost():
+                self._row(event).state = "lost, runs again"
+            case TrialEnded(_, error):
+                self._row(event).state = f"ended early: {error}" if error else "done"
             case ServerChanged(server, "gone"):
                 self._servers.pop(server, None)
             case ServerChanged(server):
                 self._servers[server] = event
             case ServerReplaced():
                 pass
+
+    def _row(self, event: _OfATrial) -> _Row:
+        name = trial_label(event.strategy, event.variant)
+        return self._rows.setdefault(name, _Row(name))
 
     def _is_small_news(self, event: Event) -> bool:
         """Whether `event` is only a training's next step, too soon after the last one told to be a line of its own."""
@@ -110,16 +118,18 @@ class Progress:
         match event:
             case Stage(text):
                 line = text
-            case TrialStarted(strategy):
-                line = f'strategy "{strategy}": started'
-            case StepFinished(strategy, prefix, score, best_score, seconds, loaded):
+            case TrialWaits():
+                line = ""
+            case TrialStarted():
+                line = f"{_named(event)}: started"
+            case StepFinished(_, prefix, score, best_score, seconds, loaded):
                 name = f"step {prefix}" if prefix else "baseline"
                 took = "computed already" if loaded else f"in {seconds:.0f} s"
-                line = f'strategy "{strategy}": {name} {percent(score)} (best {percent(best_score)}), {took}'
-            case TrialLost(strategy, reason):
-                line = f'strategy "{strategy}": lost, and run again: {reason}'
-            case TrialEnded(strategy, error):
-                line = f'strategy "{strategy}": ended early: {error}' if error else ""
+                line = f"{_named(event)}: {name} {percent(score)} (best {percent(best_score)}), {took}"
+            case TrialLost(_, reason):
+                line = f"{_named(event)}: lost, and run again: {reason}"
+            case TrialEnded(_, error):
+                line = f"{_named(event)}: ended early: {error}" if error else ""
             case ServerChanged(server, state, weights_id, holder, detail):
                 by = f" for {holder}" if holder else ""
                 line = f"server {server}: {state} {weights_id or ''}{by}{', ' + detail if detail else ''}"
@@ -146,3 +156,7 @@ class Progress:
             for index, seen in sorted(self._servers.items()):
                 servers.add_row(*map(Text, (str(index), seen.state, seen.weights_id or "", seen.holder or "", seen.detail)))
             return Group(Text(f"[{self._clock()}] {self._stage}"), trials, "", servers)
+
+
+def _named(event: _OfATrial) -> str:
+    return f'strategy "{event.strategy}"{f" [{event.variant}]" if event.variant else ""}'

@@ -1,27 +1,30 @@
 """The steps of a plan, or of a run directory, as a tree, and a plan in words."""
 
+from collections.abc import Mapping
+
 from rich.markup import escape
 from rich.tree import Tree
 
+from bt_ray.fingerprint import StepKey
 from bt_ray.plan import Plan
 from bt_ray.report.table import percent
 from bt_ray.store import FinishedStep
-from bt_ray.strategy import BASELINE, SEPARATOR, parent
+from bt_ray.strategy import SEPARATOR
 
 
-def step_tree(prefixes: list[str], finished: dict[str, FinishedStep], trains: set[str]) -> Tree:
+def step_tree(keys: Mapping[str, StepKey], finished: Mapping[str, FinishedStep]) -> Tree:
     """Each step below the one that it starts from.
 
     Args:
-        prefixes: The steps, the baseline first, each after its parent.
-        finished: The finished ones, by prefix.
-        trains: Those that fine-tune.
+        keys: The steps by label, each after its parent.
+        finished: The finished ones, by label.
     """
-    nodes: dict[str, Tree] = {}
-    for prefix in prefixes:
-        label = escape(_label(prefix, finished.get(prefix), prefix in trains))
-        nodes[prefix] = nodes[parent(prefix)].add(label) if prefix != BASELINE else Tree(label)
-    return nodes[BASELINE]
+    root = Tree("steps")
+    nodes: dict[str, Tree] = {"": root}
+    for label, key in keys.items():
+        if key.key not in nodes:
+            nodes[key.key] = nodes.get(key.parent, root).add(escape(_label(label, key, finished.get(label))))
+    return root.children[0] if len(root.children) == 1 else root
 
 
 def plan_lines(plan: Plan, evaluated: int, gpus: float) -> list[str]:
@@ -35,7 +38,8 @@ def plan_lines(plan: Plan, evaluated: int, gpus: float) -> list[str]:
     steps, baselines = plan.one_by_one
     new, estimate = plan.new, plan.estimate
     lines = [
-        f"{len(plan.steps) - 1} steps and 1 baseline, shared between strategies; one by one: {steps} and {baselines}.",
+        f"{len(plan.steps) - plan.baselines} steps and {plan.baselines} baseline{'s' if plan.baselines > 1 else ''}, shared "
+        f"between strategies; one by one: {steps} and {baselines}.",
         f"Finished already: {len(plan.finished)}. To compute: {len(new)}, {len(plan.trainings)} of them fine-tune.",
     ]
     if not new:
@@ -51,10 +55,11 @@ def plan_lines(plan: Plan, evaluated: int, gpus: float) -> list[str]:
     return lines
 
 
-def _label(prefix: str, step: FinishedStep | None, trains: bool) -> str:
-    name = prefix.rpartition(SEPARATOR)[2] or "baseline"
+def _label(label: str, key: StepKey, step: FinishedStep | None) -> str:
+    _, bracket, variant = label.partition(" [")
+    name = f"{key.prefix.rpartition(SEPARATOR)[2] or 'baseline'}{bracket}{variant}"
     if step is None:
-        return f"{name}: to compute{', fine-tunes' if trains else ''}"
+        return f"{name}: to compute{', fine-tunes' if key.trains else ''}"
     fine_tunes = sorted({weights_id.partition("-ft-")[2] for weights_id in step.weights.values()} - {""})
     weights = f", weights {', '.join(f'ft-{name}' for name in fine_tunes)}" if fine_tunes else ""
     tokens = step.prompt_tokens + step.completion_tokens

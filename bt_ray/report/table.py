@@ -1,9 +1,11 @@
 """The table at the end of a sweep."""
 
+from statistics import mean, stdev
+
 from rich.table import Table
 from rich.text import Text
 
-from bt_ray.results import Candidate, SweepResult
+from bt_ray.results import Candidate, SweepResult, variant_name
 from bt_ray.strategy import length
 
 
@@ -26,15 +28,43 @@ def result_table(result: SweepResult) -> Table:
         minutes = sum(candidate.seconds for candidate in trial.candidates) / 60
         best = percent(trial.best.score) if trial.best else "-"
         error = trial.error.splitlines()[0] if trial.error else ""
-        table.add_row(Text(trial.strategy), *scores, best, f"{minutes:.1f}", *([Text(error)] if failed else []))
+        name = trial_label(trial.strategy, variant_name(trial.settings))
+        table.add_row(Text(name), *scores, best, f"{minutes:.1f}", *([Text(error)] if failed else []))
     return table
+
+
+def spread_table(result: SweepResult) -> Table | None:
+    """The best score of each strategy over seeds, where there are several: mean, standard deviation, and range."""
+    groups: dict[str, list[float]] = {}
+    for trial in result.trials:
+        if "seed" in trial.settings and trial.best is not None and trial.best.score is not None:
+            others = {key: value for key, value in trial.settings.items() if key != "seed"}
+            groups.setdefault(trial_label(trial.strategy, variant_name(others)), []).append(trial.best.score)
+    if max(map(len, groups.values()), default=0) < 2:
+        return None
+    table = Table(title="Best scores over seeds, in percent", title_justify="left")
+    table.add_column("strategy", no_wrap=True)
+    for column in ("seeds", "mean", "sd", "lowest", "highest"):
+        table.add_column(column, justify="right")
+    for name, scores in groups.items():
+        spread = f"{stdev(scores):.1f}" if len(scores) > 1 else "-"
+        table.add_row(
+            Text(name), str(len(scores)), percent(mean(scores)), spread, percent(min(scores)), percent(max(scores))
+        )
+    return table
+
+
+def trial_label(strategy: str, variant: str) -> str:
+    """A trial as people see it."""
+    return f"{strategy} [{variant}]" if variant else strategy
 
 
 def closing_lines(result: SweepResult) -> list[str]:
     """The winner in words."""
     if result.best is None:
         return ["No strategy got as far as its baseline."]
-    lines = [f'Best program: "{result.best.prefix or "baseline"}", {percent(result.best.score)} on the valset.']
+    name, under = result.best.prefix or "baseline", f" with {result.best.variant}" if result.best.variant else ""
+    lines = [f'Best program: "{name}"{under}, {percent(result.best.score)} on the valset.']
     if result.test_score is not None:
         count = len(result.test_example_scores)
         lines.append(f"On the testset, {count} examples that no step saw, evaluated once: {percent(result.test_score)}.")

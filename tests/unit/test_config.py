@@ -2,6 +2,7 @@
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -30,7 +31,7 @@ def write(tmp_path: Path, text: str) -> Path:
         ({"server": {"gpus": 1.5}}, "above 1, a slot takes whole GPUs"),
         ({"train": {"method": "qlora"}}, "train.method: Input should be 'lora' or 'full' (it is 'qlora')."),
         ({"valset_ratio": 1}, "valset_ratio: Input should be less than 1 (it is 1)."),
-        ({"strategies": []}, "strategies: Tuple should have at least 1 item"),
+        ({"strategies": []}, "strategies: no strategy is given"),
         ({"run_dir": "ftp://host/run"}, "run_dir: ftp:// is not supported: give a path, or a URI"),
         ({"train": {"scheduler": "linaer"}}, "train.scheduler: Input should be 'linear', 'cosine'"),
         ({"num_threads": 0}, "num_threads: Input should be greater than or equal to 1"),
@@ -99,16 +100,54 @@ def test_train_kwargs_of_an_optimizer_override_the_section() -> None:
 
 
 def test_there_are_two_trials_for_each_server_because_one_may_wait_for_a_step_of_the_others() -> None:
-    def made(strategies: int, servers: int, **trial: int) -> SweepConfig:
-        names = ["p -> " * i + "w" for i in range(strategies)]
-        return make_config({**MINIMAL, "strategies": names, "server": {"count": servers}, "trial": trial})
+    def made(trials: int, servers: int, *, served: bool = True, **trial: int) -> int:
+        return make_config({**MINIMAL, "server": {"count": servers}, "trial": trial}).concurrent_trials(
+            trials, served=served
+        )
 
-    assert made(14, 2).concurrent_trials == 4
-    assert made(3, 8).concurrent_trials == 3
-    assert made(3, 2, max_concurrent=1).concurrent_trials == 1
+    assert made(14, 2) == 4
+    assert made(3, 8) == 3
+    assert made(3, 2, max_concurrent=1) == 1
+    assert made(14, 1, served=False) == 14
 
 
 @pytest.mark.parametrize("path", sorted([*ROOT.glob("scripts/**/*.toml"), *ROOT.glob("cluster/**/*.toml")]), ids=str)
 def test_every_toml_that_ships_is_valid(path: Path) -> None:
     tomllib.loads(path.read_text())
     load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("strategies", "kept"),
+    [
+        (["p", "w"], ["p", "w"]),
+        ("all(max_length = 3)", {"all": {"max_length": 3, "optimizers": None}}),
+        ({"all": {"max_length": 2, "optimizers": ["p"]}}, {"all": {"max_length": 2, "optimizers": ["p"]}}),
+        (
+            {"search": {"optimizers": ["p", "w"], "max_length": 5, "budget": "8 gpu-hours"}},
+            {"search": {"optimizers": ["p", "w"], "max_length": 5, "budget": "8 gpu-hours"}},
+        ),
+    ],
+)
+def test_strategies_are_a_list_or_all_or_a_search(strategies: Any, kept: Any) -> None:
+    config = make_config({**MINIMAL, "strategies": strategies})
+    assert config.without_secrets()["strategies"] == kept
+    assert make_config(config.without_secrets()) == config
+    assert make_config(config.model_dump()) == config
+
+
+@pytest.mark.parametrize(
+    ("strategies", "message"),
+    [
+        ([], "no strategy is given"),
+        ("p -> w", "write a list"),
+        ("all(max_length = 0)", "greater than or equal to 1"),
+        ({"search": {"max_length": 5}}, "budget"),
+        ({"search": {"max_length": 5, "budget": "8 cows"}}, "write a number of steps, tokens, hours, gpu-hours"),
+        ({"search": {"max_length": 5, "budget": "0 steps"}}, "write a number of"),
+    ],
+)
+def test_strategies_that_are_none_are_told(strategies: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_config({**MINIMAL, "strategies": strategies})
+    assert message in str(caught.value)

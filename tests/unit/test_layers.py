@@ -28,6 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "child": {"errors"},
     "task": {"errors"},
     "fingerprint": {"config", "strategy", "task", "weights"},
+    "space": {"config", "errors", "results"},
     "plan": {"fingerprint", "store", "strategy"},
     "run_directory": {"config", "errors", "fingerprint", "storage", "store", "strategy"},
     "teachers": {"errors"},
@@ -52,8 +53,8 @@ LAYERS: dict[str, set[str]] = {
     },
     "prune": {"best", "run_directory", "storage", "training", "trainings", "weights"},
     "preflight": {
-        "config", "errors", "fingerprint", "hosting", "lm", "run_directory", "served_models", "strategy", "task",
-        "training", "weights",
+        "config", "errors", "fingerprint", "hosting", "lm", "run_directory", "served_models", "space", "strategy",
+        "task", "training", "weights",
     },
     "claims": {"results"},
     "actors": {
@@ -65,11 +66,12 @@ LAYERS: dict[str, set[str]] = {
         "node_disk", "results", "served_models", "storage", "store", "strategy", "task",
     },
     "cluster": {"actors", "config", "errors", "event_log", "events", "placement", "preflight", "storage"},
+    "tuning": {"errors", "events", "node_disk", "strategy", "trial"},
     "driver": {
-        "actors", "best", "cluster", "config", "errors", "events", "fingerprint", "node_disk", "preflight", "results",
-        "run_directory", "run_lock", "storage", "store", "strategy", "trial",
+        "actors", "best", "cluster", "config", "errors", "events", "fingerprint", "preflight", "results", "run_directory",
+        "run_lock", "storage", "store", "strategy", "task", "trial", "tuning",
     },
-    "report": {"events", "plan", "results", "store", "strategy"},
+    "report": {"events", "fingerprint", "plan", "results", "store", "strategy"},
     "cli": {
         "cluster", "config", "driver", "errors", "plan", "preflight", "prune", "report", "run_directory", "run_lock",
         "storage", "store",
@@ -77,7 +79,7 @@ LAYERS: dict[str, set[str]] = {
     "__init__": {"best", "config", "driver", "errors", "results", "served_models", "task", "teachers"},
 }  # fmt: skip
 
-RAY_FREE = set(LAYERS) - {"actors", "trial", "cluster", "driver", "cli", "__init__"}
+RAY_FREE = set(LAYERS) - {"space", "actors", "trial", "cluster", "tuning", "driver", "cli", "__init__"}
 TORCH_FREE = {"torch", "trl", "peft", "transformers", "datasets", "accelerate"}
 
 

@@ -1,17 +1,18 @@
 """Progress and table, drawn on a console without a machine behind it."""
 
 import io
+import re
 
 from rich.console import Console
 
-from bt_ray.events import ServerChanged, ServerReplaced, Stage, StepFinished, TrialEnded, TrialStarted
+from bt_ray.events import ServerChanged, ServerReplaced, Stage, StepFinished, TrialEnded, TrialStarted, TrialWaits
 from bt_ray.report.progress import Progress
-from bt_ray.report.table import closing_lines, result_table
+from bt_ray.report.table import closing_lines, result_table, spread_table
 from bt_ray.results import Candidate, SweepResult, TrialResult
 
-STRATEGIES = ("p -> w", "w [x]")
 EVENTS = [
     Stage("Running 2 strategies"),
+    TrialWaits("p", "seed=1"),
     TrialStarted("p -> w"),
     TrialStarted("w [x]"),
     StepFinished("p -> w", "", 0.0, 0.0, 12.0),
@@ -19,6 +20,7 @@ EVENTS = [
     ServerChanged(0, "training", "m-ft-1", "trial p -> w", "step 4/100, loss 0.2"),
     ServerReplaced(0, "its actor died"),
     StepFinished("p -> w", "p", 36.0, 36.0, 100.0),
+    StepFinished("p", "", 20.0, 20.0, 3.0, loaded=True, variant="seed=1"),
     TrialEnded("w [x]", "RuntimeError: no [y]"),
 ]
 
@@ -26,7 +28,7 @@ EVENTS = [
 def shown(*, terminal: bool) -> str:
     output = io.StringIO()
     console = Console(file=output, force_terminal=terminal, width=120, color_system=None)
-    with Progress(console, STRATEGIES) as progress:
+    with Progress(console) as progress:
         for event in EVENTS:
             progress(event)
     return output.getvalue()
@@ -42,6 +44,7 @@ def test_without_a_terminal_each_event_is_a_plain_line() -> None:
         "server 0: training m-ft-1 for trial p -> w, step 3/100, loss 0.3",
         "server 0: started anew: its actor died",
         'strategy "p -> w": step p 36.0 % (best 36.0 %), in 100 s',
+        'strategy "p" [seed=1]: baseline 20.0 % (best 20.0 %), computed already',
         'strategy "w [x]": ended early: RuntimeError: no [y]',
     ]
 
@@ -75,3 +78,17 @@ def test_the_table_has_a_row_for_each_strategy_and_words_for_the_winner() -> Non
         "On the testset, 50 examples that no step saw, evaluated once: 94.0 %.",
     ]
     assert closing_lines(SweepResult("/runs/x", (failed,), 1.0)) == ["No strategy got as far as its baseline."]
+
+
+def test_seeds_of_a_strategy_are_summed_up() -> None:
+    def trial(seed: int, rate: float, score: float) -> TrialResult:
+        candidate = Candidate("w", "w", score, (), 0.0, 60.0, {}, "program.json")
+        return TrialResult("w", (candidate,), settings={"seed": seed, "train.learning_rate": rate})
+
+    trials = (trial(0, 0.1, 50.0), trial(1, 0.1, 70.0), trial(0, 0.2, 40.0), trial(1, 0.2, 40.0))
+    output = io.StringIO()
+    Console(file=output, width=120, color_system=None).print(spread_table(SweepResult("runs/x", trials, 60.0)))
+    rows = [re.sub("[^\\w.=%]+", " ", line).strip() for line in output.getvalue().splitlines()]
+    assert "w train.learning_rate=0.1 2 60.0 % 14.1 50.0 % 70.0 %" in rows
+    assert "w train.learning_rate=0.2 2 40.0 % 0.0 40.0 % 40.0 %" in rows
+    assert spread_table(SweepResult("runs/x", trials[:1], 60.0)) is None

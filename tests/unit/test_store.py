@@ -67,7 +67,7 @@ def test_every_step_comes_once_and_after_its_parent(strategies: list[str]) -> No
 @given(STRATEGIES, st.data())
 def test_trials_start_with_the_most_different_steps_under_way(strategies: list[str], data: st.DataObject) -> None:
     finished = data.draw(st.sets(st.sampled_from(all_prefixes(strategies))))
-    order = start_order(strategies, finished)
+    order = start_order({strategy: prefixes(strategy) for strategy in strategies}, finished)
     assert sorted(order) == sorted(strategies)
     firsts = [next((p for p in prefixes(s) if p not in finished), None) for s in order]
     different = {first for first in firsts if first}

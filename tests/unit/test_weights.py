@@ -41,7 +41,7 @@ def test_other_content_and_other_options_have_other_ids(checkpoint: Path) -> Non
 
 def test_a_fine_tune_is_never_given_an_id_twice() -> None:
     base = Weights("base", "/base")
-    once = Weights(new_weights_id(base), "/once")
+    once = Weights(new_weights_id(base), "/once", base.id)
     assert len({base.id, once.id, new_weights_id(base), new_weights_id(once)}) == 4
     assert new_weights_id(once).startswith("base-ft-")
     assert new_weights_id(once).count("-ft-") == 1
@@ -54,3 +54,9 @@ def test_a_fine_tune_is_never_given_an_id_twice() -> None:
 def test_what_is_no_checkpoint_is_refused(path: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         base_weights(path, {})
+
+
+def test_a_base_model_may_be_called_like_a_fine_tune() -> None:
+    base = Weights("mine-ft-0123456789ab", "/base")
+    tuned = Weights(new_weights_id(base), "/tuned", base.id)
+    assert base.base == tuned.base == base.id
