@@ -20,7 +20,7 @@ from bt_ray.results import Candidate
 from bt_ray.served_models import ServedModels, assign_versions, serving
 from bt_ray.storage import Storage, open_storage, parent_and_name
 from bt_ray.store import StepStore
-from bt_ray.task import load_task
+from bt_ray.task import TaskFunction, load_task
 from bt_ray.weights import WEIGHTS, Weights
 
 BEST, PROGRAM, MANIFEST = "best", "program.json", "manifest.json"
@@ -48,7 +48,7 @@ def keep_best(best: Candidate, storage: Storage, bases: Mapping[str, Weights], c
         storage.upload(folder, BEST, last=MANIFEST)
 
 
-def load(folder: str | Path, task: str | None = None) -> dspy.Module:
+def load(folder: str | Path, task: str | TaskFunction | None = None) -> dspy.Module:
     """The best program of a sweep, ready to answer.
 
     Its model server starts on this machine with the first request, and ends with this process, or with
@@ -56,8 +56,8 @@ def load(folder: str | Path, task: str | None = None) -> dspy.Module:
 
     Args:
         folder: A sweep's `best` folder: a path, or a URI of an object store.
-        task: Where the task is now, `"path/to/task.py:build"`, if it is no longer where the sweep found it: a job's working
-            directory, for one, goes away with the job.
+        task: Where the task is now, `"path/to/task.py:build"`, or its function, if it is no longer where the sweep found it:
+            a job's working directory, for one, goes away with the job.
 
     Raises:
         BtRayError: The folder holds no finished program, or what it refers to is gone.
@@ -77,7 +77,7 @@ def load(folder: str | Path, task: str | None = None) -> dspy.Module:
     return program
 
 
-def _load_program(task: str, args: Mapping[str, Any]) -> dspy.Module:
+def _load_program(task: str | TaskFunction, args: Mapping[str, Any]) -> dspy.Module:
     try:
         return load_task(task, args).program
     except TaskError as error:

@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from bt_ray.best import keep_best
 from bt_ray.cluster import Listener, cause_of, connected, opened_pool, watched
-from bt_ray.config import SweepConfig, make_config, with_absolute_paths
-from bt_ray.errors import BtRayError, ConfigError, InfrastructureError
+from bt_ray.config import StrategySearch, SweepConfig, make_config, with_absolute_paths
+from bt_ray.errors import BtRayError, ConfigError, InfrastructureError, TaskError
 from bt_ray.events import Stage, StepFinished, TrialEnded, TrialWaits
 from bt_ray.fingerprint import digest
 from bt_ray.preflight import CheckedSweep, check_sweep, inside_job
 from bt_ray.results import Candidate, StepFailure, SweepResult, TrialResult
 from bt_ray.run_directory import RESULT, prepare_run_directory
 from bt_ray.run_lock import held
+from bt_ray.search_walk import SearchWalk
 from bt_ray.storage import open_storage
 from bt_ray.store import FinishedStep, StepStore
-from bt_ray.strategy import BASELINE, prefixes, start_order
-from bt_ray.task import Task
-from bt_ray.tuning import Trial, run_trials
+from bt_ray.strategy import BASELINE, parent, prefixes, start_order
+from bt_ray.task import Task, TaskFunction, task_spec
+from bt_ray.tuning import Trial, run_search, run_trials
 
 if TYPE_CHECKING:
     from bt_ray.trial import TrialSetup
@@ -32,7 +33,7 @@ CLAIMS_PER_DRIVER = 1_000_000
 
 
 def sweep(
-    task: str,
+    task: str | TaskFunction,
     config: SweepConfig | Mapping[str, Any],
     *,
     run_dir: str | Path | None = None,
@@ -43,7 +44,8 @@ def sweep(
     """Run every strategy of `config` on `task`, and return the ranked result.
 
     Args:
-        task: `"module:function"` or `"path/to/file.py:function"`; replaces `config`'s.
+        task: `"module:function"`, `"path/to/file.py:function"`, or the function itself, of a notebook's cell, say, which
+            then travels to the trials with all that it refers to in there. Replaces `config`'s.
         config: The settings, or their values as in `sweep.toml`. Relative paths are relative to the current directory.
         run_dir: Where everything is kept; replaces `config`'s. Default: a new folder below `runs/`.
         address: The Ray cluster; default: the one that `RAY_ADDRESS` or the job names, else one of its own.
@@ -55,9 +57,12 @@ def sweep(
             row of the result with its error.
     """
     values = config.model_dump() if isinstance(config, SweepConfig) else dict(config)
-    values |= {"task": task} | ({"run_dir": str(run_dir)} if run_dir is not None else {})
+    build = None if isinstance(task, str) else task
+    values |= {"task": task if isinstance(task, str) else task_spec(task)}
+    values |= {"run_dir": str(run_dir)} if run_dir is not None else {}
     values = with_absolute_paths(values, Path.cwd(), refuse_relative=inside_job())
-    return run_sweep(make_config(values), address=address, listener=listener, accept_changes=accept_changes)
+    config = make_config(values)
+    return run_sweep(config, address=address, listener=listener, accept_changes=accept_changes, build=build)
 
 
 def run_sweep(
@@ -66,15 +71,18 @@ def run_sweep(
     address: str | None = None,
     listener: Listener | None = None,
     accept_changes: bool = False,
+    build: TaskFunction | None = None,
 ) -> SweepResult:
-    """`sweep` with everything in `config`."""
+    """`sweep` with everything in `config`, except for a task's function that is given rather than named."""
     tell = listener or (lambda event: None)
     tell(Stage("Checking the task"))
     run_dir = run_directory(config)
     config = config.model_copy(update={"run_dir": run_dir})
-    checked = check_sweep(config, run_dir, accept_changes=accept_changes)
+    if build is not None:
+        _check_travels(build)
+    checked = check_sweep(config, run_dir, accept_changes=accept_changes, build=build)
     with held(open_storage(run_dir), lambda text: tell(Stage(text))) as drivers:
-        sweep = _Sweep(config, run_dir, checked, tell)
+        sweep = _Sweep(config, run_dir, checked, tell, build or portable_task(config.task))
         prepare_run_directory(sweep.store.storage, config, checked.keys)
         return sweep.run(address, first_fence=drivers * CLAIMS_PER_DRIVER)
 
@@ -82,15 +90,19 @@ def run_sweep(
 class _Sweep:
     """One run of a sweep, in its run directory."""
 
-    def __init__(self, config: SweepConfig, run_dir: str, checked: CheckedSweep, tell: Listener) -> None:
+    def __init__(
+        self, config: SweepConfig, run_dir: str, checked: CheckedSweep, tell: Listener, task: str | TaskFunction
+    ) -> None:
         self.config = config
         self.run_dir = run_dir
         self.checked = checked
+        self.task = task
         self.tell = tell
         self.store = StepStore(open_storage(run_dir))
         self.started = time.time()
+        self.search = self.opened_search()
         named = [(strategy, name) for name, variant in checked.variants.items() for strategy in variant.strategies]
-        self.trials = [Trial(number, strategy, variant) for number, (strategy, variant) in enumerate(named)]
+        self.trials = [Trial(number, *about) for number, about in enumerate(named)] if self.search is None else []
 
     def run(self, address: str | None, first_fence: int) -> SweepResult:
         """Compute what is not finished, keep the best, and test it."""
@@ -99,7 +111,8 @@ class _Sweep:
         done = {step.key for steps in finished.values() for step in steps.values()}
         if done:
             self.tell(Stage(f"{len(done)} of {len(keys)} steps are finished already, the baseline included"))
-        if done == keys:
+        complete = done == keys if self.search is None else self.search.is_over
+        if complete:
             result = self.with_known_test(self.gathered({}))
             if result.test_score is not None or not self.task_of(result.best).testset:
                 self.keep(result)
@@ -107,7 +120,7 @@ class _Sweep:
         with connected(address, self.tell) as own, self.pool(own) as pool:
             setups = self.setups(pool, done, first_fence)
             with watched(pool, self.store.storage, self.tell) if pool is not None else nullcontext():
-                errors = run_trials(self.waiting(finished), setups, self.tell) if done != keys else {}
+                errors = {} if complete else self.computed(finished, setups)
                 result = self.with_known_test(self.gathered(errors))
                 self.keep(result)
                 if (best := result.best) is not None and result.test_score is None and self.task_of(best).testset:
@@ -115,6 +128,32 @@ class _Sweep:
                     result = self.with_known_test(self.gathered(errors))
                     self.keep(result)
         return result
+
+    def opened_search(self) -> SearchWalk | None:
+        """The search over strategies, if the sweep is one."""
+        settings = self.config.strategies
+        if not isinstance(settings, StrategySearch):
+            return None
+        optimizers = settings.optimizers or tuple(self.checked.first.optimizers)
+        gpus, seed = self.config.server.gpus, self.config.seed
+        return SearchWalk(settings, optimizers, self.finished()[""], gpus=gpus, seed=seed)
+
+    def computed(
+        self, finished: Mapping[str, Mapping[str, FinishedStep]], setups: "Mapping[str, TrialSetup]"
+    ) -> dict[Trial, Exception]:
+        """Compute what is missing; the errors of trials that were lost."""
+        if self.search is None:
+            return run_trials(self.waiting(finished), setups, self.tell)
+        lost = run_search(self.search, setups[""], self.tell)
+        self.trials = [Trial(number, strategy) for number, strategy in enumerate(self.search.strategies)]
+        return {trial: lost[trial.strategy] for trial in self.trials if trial.strategy in lost}
+
+    def searched(self, finished: Mapping[str, FinishedStep]) -> list[Trial]:
+        """The trials of a search: those of this run, and the paths of steps that were finished before."""
+        walked = {prefix for trial in self.trials for prefix in prefixes(trial.strategy)}
+        parents = {parent(prefix) for prefix in finished}
+        before = [prefix for prefix in finished if prefix not in walked | parents]
+        return [*self.trials, *(Trial(len(self.trials) + number, prefix) for number, prefix in enumerate(before) if prefix)]
 
     def pool(self, own: bool) -> AbstractContextManager[Any]:
         """The pool of model servers; none where all LMs are APIs'."""
@@ -128,10 +167,10 @@ class _Sweep:
         from bt_ray.trial import TrialSetup
 
         claims = StepClaims.remote(committed, first_fence)  # type: ignore[attr-defined]
-        task = portable_task(self.config.task)
         variants = self.checked.variants.items()
         return {
-            name: TrialSetup(checked.config, task, self.run_dir, checked.keys, pool, claims) for name, checked in variants
+            name: TrialSetup(checked.config, self.task, self.run_dir, checked.keys, pool, claims)
+            for name, checked in variants
         }
 
     def finished(self) -> dict[str, dict[str, FinishedStep]]:
@@ -164,7 +203,7 @@ class _Sweep:
     def gathered(self, errors: Mapping[Trial, Exception]) -> SweepResult:
         """What is on the store, as the result. `errors`: of trials that were lost."""
         finished, results = self.finished(), []
-        for trial in self.trials:
+        for trial in self.trials if self.search is None else self.searched(finished[""]):
             found, values = finished[trial.variant], self.checked.variants[trial.variant].values
             steps = list(takewhile(bool, (found.get(prefix) for prefix in [BASELINE, *prefixes(trial.strategy)])))
             candidates = tuple(step.candidate(trial.strategy, trial.variant) for step in steps if step)
@@ -172,7 +211,8 @@ class _Sweep:
             message, traceback = (failure.message, failure.traceback) if failure else (None, None)
             results.append(TrialResult(trial.strategy, candidates, message, traceback, values))
             self.tell(TrialEnded(trial.strategy, results[-1].error, trial.variant))
-        return SweepResult(self.run_dir, tuple(results), time.time() - self.started)
+        skipped = self.search.skipped() if self.search is not None else ()
+        return SweepResult(self.run_dir, tuple(results), time.time() - self.started, skipped=skipped)
 
     def failure(self, trial: Trial, error: Exception | None) -> StepFailure:
         """Why a trial did not get to its end: what it recorded itself, or how it was lost."""
@@ -222,6 +262,19 @@ def run_directory(config: SweepConfig) -> str:
             "absolute path that all nodes share, with --run-dir."
         )
     return str(given.resolve())
+
+
+def _check_travels(build: TaskFunction) -> None:
+    """Raises `TaskError` if a task's function cannot be sent to other processes."""
+    from ray import cloudpickle
+
+    try:
+        cloudpickle.dumps(build)
+    except Exception as error:
+        raise TaskError(
+            f"{task_spec(build)} cannot be sent to the trials: {type(error).__name__}: {error}. Make what it refers to "
+            "inside of it, or move it to a file."
+        ) from error
 
 
 def portable_task(task: str) -> str:

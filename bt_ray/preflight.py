@@ -21,7 +21,7 @@ from bt_ray.run_directory import check_run_directory
 from bt_ray.served_models import ServedModels, serving, weights_of
 from bt_ray.space import Variant, variants
 from bt_ray.strategy import BASELINE, all_prefixes, check_distinct, every, parse, step_label
-from bt_ray.task import StepContext, Task, check_optimizers, load_task, step_seed
+from bt_ray.task import StepContext, Task, TaskFunction, check_optimizers, load_task, step_seed
 from bt_ray.training.job import check_trainable
 from bt_ray.weights import Weights
 
@@ -87,18 +87,21 @@ class CheckedSweep:
         return dict(found.values())
 
 
-def check_sweep(config: SweepConfig, run_dir: str | None, *, accept_changes: bool = False) -> CheckedSweep:
+def check_sweep(
+    config: SweepConfig, run_dir: str | None, *, accept_changes: bool = False, build: TaskFunction | None = None
+) -> CheckedSweep:
     """Check everything that needs no cluster.
 
     Args:
         config: The sweep's settings.
         run_dir: Where it would be kept; None to leave that out.
         accept_changes: Whether finished steps in `run_dir` may be computed again because something changed.
+        build: The task's function, where it is given rather than named.
 
     Raises:
         BtRayError: The first thing that would make the sweep fail, and what to do about it.
     """
-    checked = CheckedSweep({variant.name: _checked(variant) for variant in variants(config)})
+    checked = CheckedSweep({variant.name: _checked(variant, build or config.task) for variant in variants(config)})
     if isinstance(config.strategies, StrategySearch) and config.space:
         raise ConfigError("space: a search over strategies takes no space. Search first, then vary what it found.")
     if run_dir is not None:
@@ -111,12 +114,12 @@ def check_sweep(config: SweepConfig, run_dir: str | None, *, accept_changes: boo
     return checked
 
 
-def _checked(variant: Variant) -> Checked:
+def _checked(variant: Variant, source: str | TaskFunction) -> Checked:
     config = variant.config
     none = NoModels("No model is served during a check: build() and optimizers(ctx) must not ask a served LM.")
     models = ServedModels(ServedEngine(none, FailureLatch(), retries=0, timeout_s=1, max_connections=1), config)
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()), serving(models):
-        task = load_task(config.task, config.args)
+        task = load_task(source, config.args)
         models.assign_student(task.program)
 
         def context(prefix: str) -> StepContext:

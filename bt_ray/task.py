@@ -120,24 +120,27 @@ def takes_teacher(optimizer: Teleprompter) -> bool:
     return "teacher" in inspect.signature(optimizer.compile).parameters and not isinstance(optimizer, GEPA)
 
 
-def load_task(spec: str, args: Mapping[str, Any] | None = None) -> Task:
-    """Import the task function that `spec` names, call it, and check what it returns.
+TaskFunction = Callable[..., Task]
+"""What makes a task: `build()`."""
+
+
+def task_spec(function: TaskFunction) -> str:
+    """How a function is called in messages and manifests."""
+    return f"{function.__module__}:{function.__qualname__}"
+
+
+def load_task(source: str | TaskFunction, args: Mapping[str, Any] | None = None) -> Task:
+    """Call the task function that `source` is or names, and check what it returns.
 
     Args:
-        spec: `"module:function"`, or `"path/to/file.py:function"` (relative to the current directory).
+        source: `"module:function"`, `"path/to/file.py:function"` (relative to the current directory), or the function.
         args: Arguments of the function, by name.
 
     Raises:
-        TaskError: Nothing can be loaded from `spec`, it does not take `args`, or what it returns is no usable task.
+        TaskError: Nothing can be loaded, the function does not take `args`, or what it returns is no usable task.
     """
-    where, separator, name = spec.rpartition(":")
-    if not separator or not where or not name:
-        raise TaskError(f'task = "{spec}": write "module:function" or "path/to/file.py:function".')
-    module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
-    function = getattr(module, name, None)
-    if function is None:
-        functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise TaskError(f"{where} has no function {name!r}.{nearest(name, functions)}")
+    spec = source if isinstance(source, str) else task_spec(source)
+    function = _imported(source) if isinstance(source, str) else source
     if not callable(function):
         raise TaskError(f"{spec} is no function.")
     try:
@@ -152,6 +155,18 @@ def load_task(spec: str, args: Mapping[str, Any] | None = None) -> Task:
         raise TaskError(f"{spec} must return a bt_ray.Task, it returned {type(task).__name__}.")
     check_task(task, spec)
     return task
+
+
+def _imported(spec: str) -> Any:
+    where, separator, name = spec.rpartition(":")
+    if not separator or not where or not name:
+        raise TaskError(f'task = "{spec}": write "module:function" or "path/to/file.py:function".')
+    module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
+    function = getattr(module, name, None)
+    if function is None:
+        functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise TaskError(f"{where} has no function {name!r}.{nearest(name, functions)}")
+    return function
 
 
 def check_task(task: Task, spec: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
@@ -29,6 +29,9 @@ from bt_ray.storage import Storage, open_storage
 from bt_ray.store import FinishedStep, StepStore
 from bt_ray.strategy import BASELINE, SEPARATOR
 
+if TYPE_CHECKING:
+    from bt_ray.task import TaskFunction
+
 FAILURE_FILE, LOG, SCRATCH = "failure.json", "log.txt", "scratch"
 
 
@@ -38,7 +41,7 @@ class TrialSetup:
 
     Attributes:
         config: The settings.
-        task: The task's spec as a worker resolves it.
+        task: The task's spec as a worker resolves it, or its function.
         run_dir: The location of the sweep's run directory.
         keys: The key of each step, by prefix.
         pool: The sweep's server pool; None if all LMs are APIs'.
@@ -46,7 +49,7 @@ class TrialSetup:
     """
 
     config: SweepConfig
-    task: str
+    task: "str | TaskFunction"
     run_dir: str
     keys: Mapping[str, StepKey]
     pool: "ActorHandle[Any] | None"
@@ -209,7 +212,8 @@ class _Reporter:
 
     def finish(self) -> None:
         if not self._reported:  # Ray Tune takes a trial that never reported for a lost one
-            tune.report({"prefix": BASELINE, "score": None, "best_score": None, "seconds": 0.0, "loaded": True})
+            nothing = {"prefix": BASELINE, "score": None, "best_score": None, "seconds": 0.0, "tokens": 0}
+            tune.report({**nothing, "loaded": True})
 
 
 def _max_errors(config: SweepConfig) -> dict[str, int]:

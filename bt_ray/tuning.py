@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 from bt_ray.errors import StorageError
 from bt_ray.events import Event, Stage, StepFinished, TrialLost, TrialStarted
 from bt_ray.node_disk import Scratch
+from bt_ray.search_walk import SearchWalk
 from bt_ray.strategy import SEPARATOR
 
 if TYPE_CHECKING:
     from bt_ray.trial import TrialSetup
 
+MOST_TRIALS = 1 << 30
+"""Of a search, which says itself when it is over."""
 RAY_TUNE_LOGS = ("ray.tune.tune", "ray.tune.execution.tune_controller", "ray.tune.analysis.experiment_analysis")
 
 
@@ -61,6 +64,62 @@ def run_trials(
     except _TuneFailed as failed:  # the trials kept what they found
         return dict.fromkeys(trials, failed.error)
     return {by_folder[folder]: error for folder, error in lost.items()}
+
+
+def run_search(walk: SearchWalk, setup: "TrialSetup", tell: Callable[[Event], None]) -> dict[str, Exception]:
+    """Run a Ray Tune trial for each strategy that the search wants walked; the errors of those that were lost, by strategy.
+
+    Args:
+        walk: The search.
+        setup: What trials need to know.
+        tell: Told what happens.
+    """
+    tell(Stage("Searching for the best strategy"))
+    how = {"search_alg": _searcher(walk), "num_samples": -1}
+    try:
+        lost = _tuned({}, how, MOST_TRIALS, {"": setup}, tell)
+    except _TuneFailed as failed:
+        return dict.fromkeys(walk.strategies, failed.error)
+    return {walk.strategies[int(folder.partition("-")[0])]: error for folder, error in lost.items()}
+
+
+def _searcher(walk: SearchWalk) -> Any:
+    from ray.tune.search import Searcher
+
+    class Walked(Searcher):  # type: ignore[misc]
+        """Ray Tune's side of a search."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._strategies: dict[str, str] = {}
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> "Walked":
+            return self
+
+        def __reduce__(self) -> tuple[type, tuple[()]]:
+            return Searcher, ()  # Ray Tune keeps a copy of it on disk, which nobody reads
+
+        def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+            strategy = walk.next()
+            if strategy is None:
+                return Searcher.FINISHED if walk.is_over else None
+            self._strategies[trial_id] = strategy
+            return {"trial": Trial(len(walk.strategies) - 1, strategy).params()}
+
+        def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+            loaded = result["loaded"]
+            walk.finished(result["prefix"], result["score"], result["seconds"], result["tokens"], loaded=loaded)
+
+        def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+            walk.ended(self._strategies[trial_id])
+
+        def save(self, checkpoint_path: str) -> None:
+            """Nothing: what is known is on the step store."""
+
+        def restore(self, checkpoint_path: str) -> None:
+            """Nothing: Ray Tune is never asked to go on where it stopped."""
+
+    return Walked()
 
 
 class _TuneFailed(Exception):

@@ -29,6 +29,8 @@ LAYERS: dict[str, set[str]] = {
     "task": {"errors"},
     "fingerprint": {"config", "strategy", "task", "weights"},
     "space": {"config", "errors", "results"},
+    "search": {"strategy"},
+    "search_walk": {"config", "results", "search", "store", "strategy"},
     "plan": {"fingerprint", "store", "strategy"},
     "run_directory": {"config", "errors", "fingerprint", "storage", "store", "strategy"},
     "teachers": {"errors"},
@@ -66,10 +68,10 @@ LAYERS: dict[str, set[str]] = {
         "node_disk", "results", "served_models", "storage", "store", "strategy", "task",
     },
     "cluster": {"actors", "config", "errors", "event_log", "events", "placement", "preflight", "storage"},
-    "tuning": {"errors", "events", "node_disk", "strategy", "trial"},
+    "tuning": {"errors", "events", "node_disk", "search_walk", "strategy", "trial"},
     "driver": {
         "actors", "best", "cluster", "config", "errors", "events", "fingerprint", "preflight", "results", "run_directory",
-        "run_lock", "storage", "store", "strategy", "task", "trial", "tuning",
+        "run_lock", "search_walk", "storage", "store", "strategy", "task", "trial", "tuning",
     },
     "report": {"events", "fingerprint", "plan", "results", "store", "strategy"},
     "cli": {
