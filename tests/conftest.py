@@ -33,7 +33,10 @@ sys.path.insert(0, str(ROOT / "tests"))
 from support.object_store import ObjectStore, object_store  # noqa: E402 - the environment comes first
 from support.scripted_model import write_model  # noqa: E402
 from support.slot_host import Host  # noqa: E402
+from support.slot_models import SlotModels  # noqa: E402
 
+from bt_ray.config import make_config  # noqa: E402
+from bt_ray.lm import ServedLM  # noqa: E402
 from bt_ray.storage import Directory, Storage, open_storage  # noqa: E402
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would what they start
@@ -83,6 +86,16 @@ def host(settings: dict[str, Any], tmp_path: Path) -> Iterator[Host]:
     yield made
     for slot in made.slots:
         slot.close()
+
+
+@pytest.fixture
+def lm(settings: dict[str, Any], tmp_path: Path) -> Iterator[ServedLM]:
+    """The scripted model's LM, with a slot in this process: its server starts with the first request."""
+    models = SlotModels(make_config(settings), tmp_path)
+    served = models.lm()
+    served.cache = False
+    yield served
+    models.kill("")
 
 
 @pytest.fixture(scope="session")

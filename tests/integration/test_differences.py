@@ -13,39 +13,18 @@ import pytest
 from dspy.teleprompt import BootstrapFewShot, BootstrapFewShotWithRandomSearch, BootstrapFinetune
 from support import tasks
 from support.slot_models import SlotModels
-from support.sole_claims import OwnSteps
+from support.sole_claims import SoleWalk, sole_walk
 
 import bt_ray
-from bt_ray.better_together import SweepBetterTogether, drop_traced_forward
+from bt_ray.better_together import drop_traced_forward
 from bt_ray.config import make_config
 from bt_ray.errors import InfrastructureFailure, TaskError
 from bt_ray.hosting import FailureLatch
 from bt_ray.lm import ServedEngine, ServedLM, assign_lm, served_lm
 
 
-@pytest.fixture
-def models(settings: dict[str, Any], tmp_path: Path) -> Any:
-    hosted = SlotModels(make_config(settings), tmp_path)
-    yield hosted
-    hosted.kill("")
-
-
-@pytest.fixture
-def lm(models: SlotModels) -> ServedLM:
-    served = models.lm()
-    served.cache = False
-    return served
-
-
-def walk(task: bt_ray.Task, lm: ServedLM, scratch_dir: Path, strategy: str, **arguments: Any) -> SweepBetterTogether:
-    engine: ServedEngine = lm.engine
-    assign_lm(task.program, lm)
-    steps = OwnSteps(engine.models.work_dir, strategy, task.program, engine)
-    optimizer = SweepBetterTogether(
-        task, lm, seed=0, scratch_dir=lambda prefix: scratch_dir, latch=engine.latch, engine=engine, steps=steps
-    )
-    optimizer.program = optimizer.walk(strategy, num_threads=2, **arguments)
-    return optimizer
+def walk(task: bt_ray.Task, lm: ServedLM, strategy: str, **arguments: Any) -> SoleWalk:
+    return sole_walk(task, lm, strategy, num_threads=2, **arguments)
 
 
 def random_search() -> BootstrapFewShotWithRandomSearch:
@@ -54,9 +33,7 @@ def random_search() -> BootstrapFewShotWithRandomSearch:
     )
 
 
-def test_optimizers_ask_the_students_lm(
-    lm: ServedLM, tmp_path: Path, request_log: Callable[[], list[dict[str, Any]]]
-) -> None:
+def test_optimizers_ask_the_students_lm(lm: ServedLM, request_log: Callable[[], list[dict[str, Any]]]) -> None:
     # DSPy: copies that an optimizer makes lose their LM, so in "w -> p" the base model answers all requests of p.
     task = tasks.double()
     assign_lm(task.program, lm)
@@ -75,14 +52,14 @@ def test_optimizers_ask_the_students_lm(
     # bt_ray: the weights of w answer them.
     before = len(request_log())
     both = tasks.double(optimizers=lambda ctx: {"p": random_search(), "w": BootstrapFinetune(metric=tasks.exact)})
-    walk(both, lm, tmp_path, "w -> p")
+    walk(both, lm, "w -> p")
     asked = request_log()[before:]
     after_w = asked[next(i for i, request in enumerate(asked) if request["weights"] != base) :]
     assert len(after_w) > 60, "the optimizer's requests are among them"
     assert not any(request["weights"] == base for request in after_w)
 
 
-def test_a_teacher_reaches_each_optimizer_in_the_form_that_it_takes(lm: ServedLM, tmp_path: Path) -> None:
+def test_a_teacher_reaches_each_optimizer_in_the_form_that_it_takes(lm: ServedLM) -> None:
     # DSPy: a teacher given to BetterTogether arrives as a list, which BootstrapFewShot cannot copy: the step fails.
     task = tasks.double()
     assign_lm(task.program, lm)
@@ -99,14 +76,14 @@ def test_a_teacher_reaches_each_optimizer_in_the_form_that_it_takes(lm: ServedLM
         optimizer_compile_args={},
         optimizers=lambda ctx: {"p": BootstrapFewShot(metric=tasks.exact), "w": BootstrapFinetune(metric=tasks.exact)},
     )
-    walked = walk(routed, lm, tmp_path, "p -> w")
+    walked = walk(routed, lm, "p -> w")
     assert walked.failure is None
     assert not walked.program.flag_compilation_error_occurred
     bootstrapped = next(c for c in walked.program.candidate_programs if c["strategy"] == "p")["program"].demos
     assert sum(bool(demo.get("augmented")) for demo in bootstrapped) == 4
 
 
-def test_an_evaluation_that_fails_as_a_whole_is_an_error(lm: ServedLM, tmp_path: Path) -> None:
+def test_an_evaluation_that_fails_as_a_whole_is_an_error(lm: ServedLM) -> None:
     def broken(example: Any, prediction: Any, trace: Any = None) -> bool:
         raise KeyError("no such field")
 
@@ -120,7 +97,7 @@ def test_an_evaluation_that_fails_as_a_whole_is_an_error(lm: ServedLM, tmp_path:
 
     # bt_ray: it raises.
     with pytest.raises(Exception, match="Execution cancelled due to errors"):
-        walk(task, lm, tmp_path, "p")
+        walk(task, lm, "p")
 
 
 def test_a_lost_server_is_no_score(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -143,14 +120,14 @@ def test_a_lost_server_is_no_score(settings: dict[str, Any], tmp_path: Path) -> 
     served = served_lm(models.base, engine, make_config(gone).lm)
     task = tasks.double(optimizers=lambda ctx: {"p": tasks.Demos()}, optimizer_compile_args={})
     with pytest.raises(InfrastructureFailure, match="the engine found no memory"):
-        walk(task, served, tmp_path, "p", max_errors=1000)
+        walk(task, served, "p", max_errors=1000)
 
     # The same where the program asks an API that does not answer.
     task = tasks.double(optimizers=lambda ctx: {"p": tasks.Demos()}, optimizer_compile_args={})
     assign_lm(task.program, nobody)
     engine = ServedEngine(models, FailureLatch(), retries=1, timeout_s=5, max_connections=10)
     with pytest.raises(InfrastructureFailure, match="refused"):
-        walk(task, served_lm(models.base, engine, make_config(gone).lm), tmp_path, "p", max_errors=1000)
+        walk(task, served_lm(models.base, engine, make_config(gone).lm), "p", max_errors=1000)
 
 
 class Wrapped(dspy.Module):  # type: ignore[misc]
@@ -161,7 +138,7 @@ class Wrapped(dspy.Module):  # type: ignore[misc]
         return self.predict(question=question)
 
 
-def test_copies_of_a_fine_tuned_program_run_their_own_predictors(lm: ServedLM, tmp_path: Path) -> None:
+def test_copies_of_a_fine_tuned_program_run_their_own_predictors(lm: ServedLM) -> None:
     # DSPy: after w, the program keeps a `forward` of its own, bound to the original.
     program = Wrapped()
     program.set_lm(lm)
@@ -177,11 +154,11 @@ def test_copies_of_a_fine_tuned_program_run_their_own_predictors(lm: ServedLM, t
         program=task.program,
         optimizer_compile_args={"w": {"teacher": bt_ray.gold_label_teacher(task.program, task.trainset)}},
     )
-    walked = walk(task, lm, tmp_path, "w")
+    walked = walk(task, lm, "w")
     assert all("forward" not in c["program"].__dict__ for c in walked.program.candidate_programs)
 
 
-def test_training_on_nothing_is_refused(lm: ServedLM, tmp_path: Path) -> None:
+def test_training_on_nothing_is_refused(lm: ServedLM) -> None:
     def nothing(example: Any, prediction: Any, trace: Any = None) -> bool:
         return False
 
@@ -204,7 +181,7 @@ def test_training_on_nothing_is_refused(lm: ServedLM, tmp_path: Path) -> None:
 
     # bt_ray: the strategy ends there, and says why.
     task = tasks.double(metric=nothing, optimizers=lambda ctx: {"w": BootstrapFinetune(metric=nothing)})
-    walked = walk(task, lm, tmp_path, "w")
+    walked = walk(task, lm, "w")
     assert walked.failure is not None
     assert "filter left none of the 20 bootstrapped traces" in walked.failure.message
 
@@ -219,7 +196,7 @@ class Pair(dspy.Module):  # type: ignore[misc]
         return self.second(question=question)
 
 
-def test_a_prompt_optimizer_is_refused_where_predictors_have_different_lms(lm: ServedLM, tmp_path: Path) -> None:
+def test_a_prompt_optimizer_is_refused_where_predictors_have_different_lms(lm: ServedLM) -> None:
     other = dspy.LM("openai/another-model", api_key="none")
 
     # DSPy: the copies have no LM, so one LM answers for all predictors.
@@ -231,7 +208,7 @@ def test_a_prompt_optimizer_is_refused_where_predictors_have_different_lms(lm: S
     pair = Pair()
     pair.second.lm = other
     task = tasks.double(program=pair, valset=None, optimizer_compile_args={}, optimizers=lambda ctx: {"p": random_search()})
-    walked = walk(task, lm, tmp_path, "p", valset_ratio=0)
+    walked = walk(task, lm, "p", valset_ratio=0)
     assert walked.failure is not None
     assert walked.failure.message.startswith(TaskError.__name__)
     assert "predictors use different LMs" in walked.failure.message

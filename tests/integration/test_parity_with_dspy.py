@@ -14,9 +14,9 @@ import pytest
 from support import tasks
 from support.reference import reference_run
 from support.slot_models import SlotModels
-from support.sole_claims import OwnSteps
+from support.sole_claims import sole_walk
 
-from bt_ray.better_together import StepOutcome, SweepBetterTogether
+from bt_ray.better_together import StepOutcome
 from bt_ray.config import make_config
 from bt_ray.lm import ServedLM, assign_lm
 from bt_ray.task import StepContext, Task
@@ -86,18 +86,8 @@ def by_dspy(task: Task, lm: ServedLM, arguments: dict[str, Any]) -> tuple[dspy.M
 
 
 def by_bt_ray(task: Task, lm: ServedLM, arguments: dict[str, Any]) -> tuple[dspy.Module, list[StepOutcome]]:
-    engine = lm.engine
-    steps = OwnSteps(engine.models.work_dir, arguments["strategy"], task.program, engine)
-    optimizer = SweepBetterTogether(
-        task,
-        lm,
-        seed=SEED,
-        scratch_dir=lambda prefix: engine.models.work_dir,
-        latch=engine.latch,
-        engine=engine,
-        steps=steps,
-    )
-    return optimizer.walk(num_threads=1, **arguments), steps.outcomes
+    walked = sole_walk(task, lm, seed=SEED, num_threads=1, **arguments)
+    return walked.program, walked.outcomes
 
 
 def only_p_and_w(ctx: StepContext) -> dict[str, Any]:

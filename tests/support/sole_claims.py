@@ -1,19 +1,22 @@
-"""Steps for one walk alone, kept on a real store: nobody else wants them."""
+"""One walk of a strategy alone: its steps are kept on a real store, and nobody else wants them."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import dspy
 
-from bt_ray.better_together import StepOutcome
+from bt_ray.better_together import StepOutcome, SweepBetterTogether
 from bt_ray.config import make_config
 from bt_ray.fingerprint import StepKey, digest
 from bt_ray.kept_steps import KeptSteps
-from bt_ray.lm import ServedEngine, Usage
+from bt_ray.lm import ServedEngine, ServedLM, Usage, assign_lm
 from bt_ray.results import StepFailure
 from bt_ray.served_models import ServedModels
 from bt_ray.storage import open_storage
 from bt_ray.store import StepStore
 from bt_ray.strategy import parent, prefixes
+from bt_ray.task import Task
 
 
 class SoleClaims:
@@ -52,3 +55,25 @@ class OwnSteps(KeptSteps):
         kept = super().commit(key, fence, outcome, usage)
         self.outcomes.append(kept)
         return kept
+
+
+@dataclass(frozen=True)
+class SoleWalk:
+    """What a walk gave: the program that was returned, each step's outcome, and how the step failed that ended it early."""
+
+    program: dspy.Module
+    outcomes: list[StepOutcome]
+    failure: StepFailure | None
+
+
+def sole_walk(task: Task, lm: ServedLM, strategy: str, *, seed: int = 0, **arguments: Any) -> SoleWalk:
+    """bt_ray's walk of `strategy`, with `lm` for the predictors that have none."""
+    engine: ServedEngine = lm.engine
+    folder: Path = engine.models.work_dir
+    assign_lm(task.program, lm)
+    steps = OwnSteps(folder, strategy, task.program, engine)
+    optimizer = SweepBetterTogether(
+        task, lm, seed=seed, scratch_dir=lambda prefix: folder, latch=engine.latch, engine=engine, steps=steps
+    )
+    program = optimizer.walk(strategy, **arguments)
+    return SoleWalk(program, steps.outcomes, optimizer.failure)
