@@ -29,6 +29,7 @@ os.environ |= {
 for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
     os.environ.pop(name, None)
 sys.path.insert(0, str(ROOT / "tests"))
+pytest.register_assert_rewrite("support.both_sides")
 
 from support.object_store import ObjectStore, object_store  # noqa: E402 - the environment comes first
 from support.scripted_model import write_model  # noqa: E402
