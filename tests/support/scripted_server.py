@@ -2,7 +2,8 @@
 
 The model folder holds its skill (`scripted_model`). A question "number 7" has the answer "14". The model answers it right if
 `7 % 10 < skill + demos in the prompt (3 at most)`, else it answers "wrong"; so every score is known in advance.
-Each request is logged to `REQUEST_LOG` as `{"weights", "question", "demos"}`.
+Each request is logged to `REQUEST_LOG` as `{"weights", "question", "demos", "pid", "in_flight"}`, itself in flight too.
+With `SCRIPTED_TOGETHER`, answers wait until so many requests are in flight.
 """
 
 import argparse
@@ -79,6 +80,8 @@ class App:
     def __init__(self, engine: ScriptedEngine) -> None:
         self.engine = engine
         self.delay_s = float(os.environ.get("SCRIPTED_DELAY_S", "0"))
+        self.together = asyncio.Barrier(int(os.environ.get("SCRIPTED_TOGETHER", "1")))
+        self.in_flight = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -94,12 +97,13 @@ class App:
                 break
         request = json.loads(body)
         skill = self.engine.adapters.get(request["model"], self.engine.skill)
-        await asyncio.sleep(self.delay_s)
+        in_flight = await self.held_back()
         if time.time() < float(fault("errors_until") or 0):
             await self.reply(send, {"error": {"message": "the engine is not well"}}, 500)
             return
         text, question, demos = answer(skill, request["messages"])
-        log(next(name for name, served in self.guard.serving.items() if served == request["model"]), question, demos)
+        weights_id = next(name for name, served in self.guard.serving.items() if served == request["model"])
+        log({"weights": weights_id, "question": question, "demos": demos, "pid": os.getpid(), "in_flight": in_flight})
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
         await self.reply(
@@ -107,6 +111,17 @@ class App:
         )
 
     guard: Guard
+
+    async def held_back(self) -> int:
+        """Wait as tests want it. Returns how many requests were in flight when this one came, with it."""
+        self.in_flight += 1
+        arrived = self.in_flight
+        try:
+            await self.together.wait()
+            await asyncio.sleep(self.delay_s)
+        finally:
+            self.in_flight -= 1
+        return arrived
 
     @staticmethod
     async def reply(send: Any, value: dict[str, Any], status: int = 200) -> None:
@@ -131,9 +146,8 @@ def take_fault(name: str) -> str | None:
     return found
 
 
-def log(weights_id: str, question: str, demos: int) -> None:
+def log(line: dict[str, Any]) -> None:
     if file := os.environ.get("REQUEST_LOG"):
-        line = {"weights": weights_id, "question": question, "demos": demos, "pid": os.getpid()}
         with open(file, "a") as opened:
             opened.write(json.dumps(line) + "\n")
 
