@@ -42,6 +42,8 @@ def step_seed(seed: int, prefix: str) -> int:
     return zlib.crc32(f"{seed}:{prefix}".encode())
 
 
+RESERVED_KEYS = ("self", "metric")
+"""Arguments of `dspy.BetterTogether`, which takes optimizers as keywords beside them."""
 OptimizersFunction = Callable[[StepContext], Mapping[str, Teleprompter]]
 
 
@@ -86,6 +88,7 @@ class Task:
         if not isinstance(built, Mapping) or not built:
             raise TaskError(f"optimizers(ctx) must return a dict of optimizers by key, it returned {built!r}.")
         for key, optimizer in built.items():
+            _check_key(key)
             if not isinstance(optimizer, Teleprompter):
                 raise TaskError(f"optimizers(ctx)[{key!r}] must be a DSPy optimizer, it is {optimizer!r}.")
         return dict(built)
@@ -227,6 +230,16 @@ def check_optimizers(task: Task, optimizers: Mapping[str, Teleprompter], strateg
             f"The task has {len(task.teachers)} teachers, and optimizer {sorted(several)[0]!r} takes one: name it in "
             "optimizer_compile_args."
         )
+
+
+def _check_key(key: Any) -> None:
+    """Raises `TaskError` for an optimizer's key that a strategy, DSPy or a folder cannot have as a name."""
+    if not isinstance(key, str):
+        raise TaskError(f"optimizers(ctx) has the key {key!r}: keys must be strings, since strategies name them.")
+    if key in RESERVED_KEYS:
+        raise TaskError(f"optimizers(ctx) has the key {key!r}: {key!r} is an argument of BetterTogether. Rename it.")
+    if "/" in key or not key.strip("."):
+        raise TaskError(f"optimizers(ctx) has the key {key!r}: a step's folder is named after it, so it must not be a path.")
 
 
 def _check_examples(examples: Any, where: str, *, required: bool = False) -> None:

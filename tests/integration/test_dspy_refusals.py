@@ -117,8 +117,15 @@ def test_what_compile_refuses_is_refused_before_a_sweep_starts(
         (lambda: {"a": "BootstrapFewShot"}, "'a' must be a Teleprompter, got str", "must be a DSPy optimizer"),
         (lambda: {"a": BootstrapFewShot}, "'a' must be a Teleprompter, got type", "must be a DSPy optimizer"),
         (lambda: {"a": skill(4), "b": None}, "'b' must be a Teleprompter, got NoneType", "optimizers(ctx)['b'] must be"),
+        (
+            lambda: {"a": skill(4), "metric": skill(5)},
+            "got multiple values for",
+            "'metric' is an argument of BetterTogether",
+        ),
+        (lambda: {"a": skill(4), "self": skill(5)}, "got multiple values for", "'self' is an argument of"),
+        (lambda: {"a": skill(4), 1: skill(5)}, "keywords must be strings", "has the key 1: keys must be strings"),
     ],
-    ids=["a name", "a class", "nothing"],
+    ids=["a name", "a class", "nothing", "metric", "self", "a number"],
 )
 def test_what_the_constructor_refuses_is_refused_before_a_sweep_starts(
     lm: ServedLM, refusal: Callable[..., str], optimizers: Callable[[], dict[Any, Any]], of_dspy: str, of_bt_ray: str
@@ -132,6 +139,17 @@ def test_what_the_constructor_refuses_is_refused_before_a_sweep_starts(
     with pytest.raises(TaskError) as ours:
         by_bt_ray(make(), lm, "a")
     assert of_bt_ray in str(ours.value)
+
+
+@pytest.mark.parametrize("key", ["a/b", "..", "."])
+def test_an_optimizers_key_may_be_a_path_in_dspy_and_not_here_where_folders_are_named_after_it(
+    lm: ServedLM, refusal: Callable[..., str], key: str
+) -> None:
+    def make() -> Task:
+        return known.task(optimizers=lambda ctx: {key: skill(4)})
+
+    assert not by_dspy(make(), lm, key).flag_compilation_error_occurred
+    assert f"has the key {key!r}: a step's folder is named after it" in refusal(make, key)
 
 
 def test_predictors_without_an_lm_are_refused_by_dspy_and_get_the_sweeps_model_here(
