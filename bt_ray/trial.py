@@ -112,7 +112,7 @@ def _walk(strategy: str, setup: TrialSetup, work_folder: Path, reporter: "_Repor
             steps=steps,
             retries=config.trial.step_retries,
         )
-        with dspy.context(num_threads=config.num_threads, **_max_errors(config)):
+        with dspy.context(**_dspy_settings(config)):
             optimizer.walk(
                 strategy,
                 num_threads=config.num_threads,
@@ -151,7 +151,7 @@ def _evaluate_on_testset(setup: TrialSetup, best: Candidate) -> tuple[float, tup
     ):
         assign_versions(task.program, best.weights, best.api_models, models, setup.store.read_weights)
         load_state(task.program, setup.store.read_program(best.program))
-        with dspy.context(num_threads=config.num_threads):
+        with dspy.context(**_dspy_settings(config)):
             result = dspy.Evaluate(
                 devset=list(task.testset or ()),
                 metric=task.metric,
@@ -216,8 +216,10 @@ class _Reporter:
             tune.report({**nothing, "loaded": True})
 
 
-def _max_errors(config: SweepConfig) -> dict[str, int]:
-    return {} if config.max_errors is None else {"max_errors": config.max_errors}
+def _dspy_settings(config: SweepConfig) -> dict[str, Any]:
+    """DSPy's settings for evaluations that say nothing else: those of optimizers, and of the testset."""
+    names = ("num_threads", "max_errors", "provide_traceback")
+    return {name: value for name in names if (value := getattr(config, name)) is not None}
 
 
 def scratch_dir(setup: TrialSetup, folder: Path, prefix: str) -> Path:

@@ -90,19 +90,25 @@ def test_an_evaluation_with_as_many_as_max_errors_ends_as_an_error_that_says_wha
 
 
 @pytest.mark.parametrize("asked", [True, None])
-def test_the_trials_log_has_the_tracebacks_of_failed_examples_if_they_are_asked_for(
+def test_the_logs_have_the_tracebacks_of_failed_examples_if_they_are_asked_for(
     settings: dict[str, Any], tasks: Path, asked: bool | None
 ) -> None:
     result = bt_ray.sweep(f"{tasks}:three_fail", {**settings, "strategies": ["a"], "provide_traceback": asked})
-    log = log_of(result)
-    assert log.count("Error for Example") == 6, "three for the baseline, three for the step"
-    assert log.count(", in metric\n") == (6 if asked else 0)
-    assert ("Set `provide_traceback=True`" in log) == (not asked)
+    for log, failed in ((log_of(result), 6), (log_of(result, "test"), 3)):
+        assert log.count("Error for Example") == failed
+        assert log.count(", in metric\n") == (failed if asked else 0)
+        assert ("Set `provide_traceback=True`" in log) == (not asked)
 
 
-def log_of(result: bt_ray.SweepResult) -> str:
-    (log,) = Path(result.run_dir).glob("trials/000-*/log.txt")
+def log_of(result: bt_ray.SweepResult, trial: str = "000-*") -> str:
+    (log,) = Path(result.run_dir).glob(f"trials/{trial}/log.txt")
     return log.read_text()
+
+
+def test_optimizers_find_the_settings_of_an_evaluation_in_dspys(settings: dict[str, Any], tasks: Path) -> None:
+    evaluation = {"num_threads": 3, "max_errors": 7, "provide_traceback": True}
+    bt_ray.sweep(f"{tasks}:noted", {**settings, "strategies": ["t"], **evaluation})
+    assert {name: notes(tasks)["t"][name] for name in evaluation} == evaluation
 
 
 def test_as_many_requests_are_in_flight_as_there_are_threads_and_never_more(
