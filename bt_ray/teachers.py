@@ -13,8 +13,8 @@ def gold_label_teacher(program: dspy.Module, examples: Sequence[dspy.Example]) -
 
     For a model that is too weak to bootstrap itself: `BootstrapFinetune` then trains on the labels, and
     `BootstrapFewShot` makes demos of them. It can only stand in for a program with one predictor whose inputs and
-    outputs are fields of every example. In each step it takes over the student's demos (`stand_in_for`), so that the
-    prompts trained on are those that the program will be asked with.
+    outputs are fields of every example. In each step it takes over the student's instruction and demos (`stand_in_for`),
+    so that the prompts trained on are those that the program will be asked with.
 
     Args:
         program: The student.
@@ -45,15 +45,17 @@ def gold_label_teacher(program: dspy.Module, examples: Sequence[dspy.Example]) -
 
 
 def stand_in_for(student: dspy.Module, teacher: Any) -> None:
-    """Give the student's demos to each gold-label teacher in `teacher`, a program or a list of them.
+    """Give the student's signature and demos to each gold-label teacher in `teacher`, a program or a list of them.
 
-    `BootstrapFinetune` builds its training prompts with the teacher's demos and leaves the student its own: without this
-    a program would be fine-tuned on prompts without demos, and then asked with them.
+    `BootstrapFinetune` builds its training prompts with the teacher's instruction and demos and leaves the student its own:
+    without this a program would be fine-tuned on prompts that it is not asked with. `BootstrapFewShot` refuses a teacher
+    with another instruction than the student's.
     """
     for program in teacher if isinstance(teacher, list) else [teacher]:
         if isinstance(program, dspy.Module):
             for copied, own in zip(program.predictors(), student.predictors(), strict=True):
                 if isinstance(copied, LabelledPredict):
+                    copied.signature = own.signature
                     copied.demos = list(own.demos)
 
 

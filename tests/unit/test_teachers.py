@@ -41,15 +41,17 @@ def test_it_makes_demos_of_the_labels() -> None:
     ]
 
 
-def test_it_takes_over_the_students_demos_so_that_training_prompts_are_those_that_will_be_asked() -> None:
-    student, teacher = Wrapped(), gold_label_teacher(Wrapped(), EXAMPLES)
+def test_it_takes_over_the_students_prompt_so_that_training_prompts_are_those_that_will_be_asked() -> None:
+    student, teacher = Wrapped(tasks.Double.with_instructions("Twice, please.")), gold_label_teacher(Wrapped(), EXAMPLES)
     student.predictors()[0].demos = [dict(EXAMPLES[0])]
     stand_in_for(student, [teacher])
     assert teacher.predictors()[0].demos == [dict(EXAMPLES[0])]
+    assert teacher.predictors()[0].signature.instructions == "Twice, please."
     other = Wrapped()
     stand_in_for(student, other)
     stand_in_for(student, None)
     assert other.predictors()[0].demos == [], "another teacher's demos are its own"
+    assert other.predictors()[0].signature.instructions == "Double the number."
 
 
 def test_programs_that_it_cannot_label_are_refused() -> None:
