@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 import dspy
 from dspy.teleprompt.bootstrap_finetune import FinetuneTeleprompter
 from dspy.teleprompt.teleprompt import Teleprompter
+from dspy.utils.callback import BaseCallback
 
 from bt_ray.errors import InfrastructureFailure, TaskError
 from bt_ray.failures import Side, is_lost_answer, side_of
@@ -183,7 +185,7 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         lm = student_lm(student)
         compile_args: dict[str, Any] = {}
         try:
-            with dspy.context(lm=lm):
+            with dspy.context(lm=lm, callbacks=[*dspy.settings.callbacks, LostAnswers(self._latch)]):
                 optimizers = self._task.build_optimizers(self._context(prefix, lm))
                 optimizer, compile_args = optimizers[key], self._task.compile_args(optimizers).get(key, {})
                 stand_in_for(student, compile_args.get("teacher"))
@@ -269,6 +271,27 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
 
     def _context(self, prefix: str, lm: dspy.LM) -> StepContext:
         return StepContext(prefix=prefix, seed=step_seed(self._seed, prefix), scratch_dir=self._scratch_dir(prefix), lm=lm)
+
+
+class LostAnswers(BaseCallback):  # type: ignore[misc]
+    """Tells the latch of each answer that was lost to an optimizer: DSPy's go on, as if its proposal or program were bad.
+
+    Only the outermost of DSPy's calls is looked at: a program may well go on without an answer that it asked for itself.
+    """
+
+    def __init__(self, latch: FailureLatch) -> None:
+        self._latch = latch
+        self._depth: ContextVar[int] = ContextVar("depth", default=0)
+
+    def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        self._depth.set(self._depth.get() + 1)
+
+    def on_module_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+        self._depth.set(self._depth.get() - 1)
+        if self._depth.get() == 0 and isinstance(exception, Exception) and is_lost_answer(exception):
+            self._latch.trip(exception)
+
+    on_lm_start, on_lm_end = on_module_start, on_module_end
 
 
 def refuse_optimizer_that_mixes_lms(optimizer: Teleprompter, student: dspy.Module) -> None:

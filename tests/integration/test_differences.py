@@ -10,8 +10,9 @@ from typing import Any
 
 import dspy
 import pytest
-from dspy.teleprompt import BootstrapFewShot, BootstrapFewShotWithRandomSearch, BootstrapFinetune
+from dspy.teleprompt import GEPA, SIMBA, BootstrapFewShot, BootstrapFewShotWithRandomSearch, BootstrapFinetune
 from support import tasks
+from support.failing_server import failing_server
 from support.slot_models import SlotModels
 from support.sole_claims import SoleWalk, sole_walk
 
@@ -130,6 +131,32 @@ def test_a_lost_server_is_no_score(settings: dict[str, Any], tmp_path: Path) -> 
         walk(task, served_lm(models.base, engine, make_config(gone).lm), "p", max_errors=1000)
 
 
+@pytest.mark.parametrize("optimizer", ["gepa", "simba"])
+def test_an_answer_that_an_optimizer_lost_is_no_outcome(lm: ServedLM, optimizer: str) -> None:
+    def asking(api: dspy.LM) -> dict[str, Any]:
+        if optimizer == "gepa":
+            return {"p": GEPA(tasks.exact, reflection_lm=api, max_metric_calls=40)}
+        return {"p": SIMBA(metric=tasks.exact, bsize=20, num_candidates=2, max_steps=1, teacher_settings={"lm": api})}
+
+    with failing_server("503") as url:
+        api = dspy.LM("openai/large", api_base=f"{url}/v1", api_key="none", num_retries=0, cache=False)
+
+        # DSPy: GEPA gives up a proposal that it got no answer for, SIMBA takes the missing answer for a bad one.
+        task = tasks.double()
+        assign_lm(task.program, lm)
+        with dspy.context(lm=lm):
+            program = dspy.BetterTogether(metric=tasks.exact, **asking(api)).compile(
+                task.program, trainset=list(task.trainset), valset=list(task.valset or ()), strategy="p", seed=0
+            )
+        assert len(program.candidate_programs) == 2
+        assert not program.flag_compilation_error_occurred
+
+        # bt_ray: the infrastructure is lost.
+        task = tasks.double(optimizers=lambda ctx: asking(api), optimizer_compile_args={})
+        with pytest.raises(InfrastructureFailure, match="openai/large"):
+            walk(task, lm, "p")
+
+
 class Wrapped(dspy.Module):  # type: ignore[misc]
     def __init__(self) -> None:
         self.predict = dspy.Predict(tasks.Double)
@@ -158,26 +185,31 @@ def test_copies_of_a_fine_tuned_program_run_their_own_predictors(lm: ServedLM) -
     assert all("forward" not in c["program"].__dict__ for c in walked.program.candidate_programs)
 
 
+class Handed(dspy.Provider):  # type: ignore[misc]
+    """Keeps the data that it was handed to train on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.finetunable = True
+        self.data: list[Any] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Handed":
+        return self
+
+    def finetune(self, job: Any, model: str, train_data: Any, train_data_format: Any, train_kwargs: Any = None) -> str:
+        self.data.append(train_data)
+        return model
+
+
 def test_training_on_nothing_is_refused(lm: ServedLM) -> None:
     def nothing(example: Any, prediction: Any, trace: Any = None) -> bool:
         return False
 
     # DSPy: an empty training set is handed to the provider.
-    handed: list[Any] = []
-
-    class Provider(dspy.Provider):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.finetunable = True
-
-        def finetune(self, job: Any, model: str, train_data: Any, train_data_format: Any, train_kwargs: Any = None) -> str:
-            handed.append(train_data)
-            return model
-
     plain = dspy.Predict(tasks.Double)
-    plain.set_lm(lm.copy(provider=Provider()))
+    plain.set_lm(lm.copy(provider=(handed := Handed())))
     BootstrapFinetune(metric=nothing, num_threads=2).compile(plain, trainset=tasks.examples(range(100, 104)))
-    assert handed == [[]]
+    assert handed.data == [[]]
 
     # bt_ray: the strategy ends there, and says why.
     task = tasks.double(metric=nothing, optimizers=lambda ctx: {"w": BootstrapFinetune(metric=nothing)})
