@@ -201,6 +201,25 @@ class Handed(dspy.Provider):  # type: ignore[misc]
         return model
 
 
+def test_a_metric_with_feedback_filters_by_its_score(lm: ServedLM) -> None:
+    explained = tasks.explained
+
+    # DSPy: a prediction with a score of 0 is true as well, so wrong answers are trained on.
+    plain = dspy.Predict(tasks.Double)
+    plain.set_lm(lm.copy(provider=(handed := Handed())))
+    BootstrapFinetune(metric=explained, num_threads=2).compile(plain, trainset=tasks.examples(range(100, 120)))
+    assert [len(data) for data in handed.data] == [20]
+
+    # bt_ray: the score decides.
+    task = tasks.double(
+        metric=explained, optimizers=lambda ctx: {"w": BootstrapFinetune(metric=explained)}, optimizer_compile_args={}
+    )
+    walked = walk(task, lm, "w")
+    assert walked.failure is None
+    (data,) = lm.engine.models.work_dir.glob("trainings/*/*/data.jsonl")
+    assert len(data.read_text().splitlines()) == 4
+
+
 def test_training_on_nothing_is_refused(lm: ServedLM) -> None:
     def nothing(example: Any, prediction: Any, trace: Any = None) -> bool:
         return False

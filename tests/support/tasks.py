@@ -27,6 +27,12 @@ def exact(example: dspy.Example, prediction: Any, trace: Any = None, *of_gepa: A
     return bool(example.answer == prediction.answer)
 
 
+def explained(example: dspy.Example, prediction: Any, trace: Any = None, *of_gepa: Any) -> dspy.Prediction:
+    """A metric that says why, as GEPA wants it."""
+    right = exact(example, prediction)
+    return dspy.Prediction(score=float(right), feedback="Right." if right else f"It is {example.answer}, not a word.")
+
+
 class Demos(Teleprompter):  # type: ignore[misc]
     """A prompt optimizer with a known outcome: the first `k` training examples, as they were shuffled, become demos."""
 
