@@ -43,42 +43,46 @@ from bt_ray.storage import Directory, Storage, open_storage  # noqa: E402
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would what they start
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A folder that passes for a checkpoint: a scripted model that answers `n` right if `n % 10 < 2`."""
-    folder = tmp_path / "scripted-model"
-    write_model(folder, skill=2)
-    (folder / "config.json").write_text(json.dumps({"made for": str(tmp_path)}))
-    return folder
-
-
-@pytest.fixture
-def settings(model: Path, tmp_path: Path) -> dict[str, Any]:
-    """The values of a sweep with scripted server and trainer."""
+def scripted_sweep(folder: Path) -> dict[str, Any]:
+    """The values of a sweep with scripted server and trainer, and a model that answers `n` right if `n % 10 < 2`."""
+    model = folder / "scripted-model"
+    write_model(model, skill=2)
+    (model / "config.json").write_text(json.dumps({"made for": str(folder)}))
     return {
         "task": f"{SUPPORT / 'tasks.py'}:double",
         "model": str(model),
         "strategies": ["p -> w", "w -> p"],
-        "run_dir": str(tmp_path / "run"),
+        "run_dir": str(folder / "run"),
         "num_threads": 4,
         "server": {
             "count": 2,
             "command": [sys.executable, str(SUPPORT / "scripted_server.py")],
-            "env": {"REQUEST_LOG": str(tmp_path / "requests.jsonl")},
+            "env": {"REQUEST_LOG": str(folder / "requests.jsonl")},
         },
         "train": {"command": [sys.executable, str(SUPPORT / "scripted_trainer.py")]},
     }
 
 
+def logged_requests(folder: Path) -> list[dict[str, Any]]:
+    """The requests that the servers of `scripted_sweep(folder)` answered so far."""
+    file = folder / "requests.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    return scripted_sweep(tmp_path)
+
+
+@pytest.fixture
+def model(settings: dict[str, Any]) -> Path:
+    """A folder that passes for a checkpoint."""
+    return Path(settings["model"])
+
+
 @pytest.fixture
 def request_log(tmp_path: Path) -> Any:
-    """The requests that scripted servers answered so far."""
-
-    def read() -> list[dict[str, Any]]:
-        file = tmp_path / "requests.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-    return read
+    return lambda: logged_requests(tmp_path)
 
 
 @pytest.fixture

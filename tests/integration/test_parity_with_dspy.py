@@ -11,6 +11,15 @@ from typing import Any
 
 import dspy
 import pytest
+from dspy.teleprompt import (
+    COPRO,
+    GEPA,
+    SIMBA,
+    BootstrapFewShot,
+    BootstrapFewShotWithRandomSearch,
+    BootstrapFinetune,
+    MIPROv2,
+)
 from support import tasks
 from support.reference import reference_run
 from support.slot_models import SlotModels
@@ -34,15 +43,20 @@ class Walk:
     outcomes: list[StepOutcome] = field(default_factory=list)
 
     @property
-    def candidates(self) -> list[tuple[str, float | None, list[str]]]:
-        """Strategy, score and demos, in BetterTogether's order."""
+    def candidates(self) -> list[tuple[str, float | None, str, list[str]]]:
+        """Strategy, score, instruction and demos, in BetterTogether's order."""
         return [
-            (candidate["strategy"], candidate["score"], [demo["question"] for demo in candidate["program"].demos])
+            (
+                candidate["strategy"],
+                candidate["score"],
+                candidate["program"].signature.instructions,
+                [demo["question"] for demo in candidate["program"].demos],
+            )
             for candidate in self.program.candidate_programs
         ]
 
     @property
-    def generations(self) -> list[tuple[int, str, int]]:
+    def generations(self) -> list[tuple[int, str | None, int]]:
         """For each request, in order: how often its weights had been fine-tuned, the question, the demos."""
         order = list(dict.fromkeys(request["weights"] for request in self.requests))
         return [(order.index(r["weights"]), r["question"], r["demos"]) for r in self.requests]
@@ -91,7 +105,24 @@ def by_bt_ray(task: Task, lm: ServedLM, arguments: dict[str, Any]) -> tuple[dspy
 
 
 def only_p_and_w(ctx: StepContext) -> dict[str, Any]:
-    return {"p": tasks.Demos(), "w": tasks.BootstrapFinetune(metric=tasks.exact), "bad": tasks.Failing()}
+    return {"p": tasks.Demos(), "w": BootstrapFinetune(metric=tasks.exact), "bad": tasks.Failing()}
+
+
+def dspys_own(ctx: StepContext) -> dict[str, Any]:
+    return {
+        "fewshot": BootstrapFewShot(tasks.exact, max_bootstrapped_demos=2, max_labeled_demos=3),
+        "search": BootstrapFewShotWithRandomSearch(
+            tasks.exact, max_bootstrapped_demos=2, max_labeled_demos=1, num_candidate_programs=1
+        ),
+        "mipro": MIPROv2(tasks.exact, auto=None, num_candidates=3),
+        "gepa": GEPA(tasks.exact, reflection_lm=ctx.lm, max_metric_calls=60, reflection_minibatch_size=10),
+        "simba": SIMBA(metric=tasks.exact, bsize=20, num_candidates=2, max_steps=1),
+        "copro": COPRO(metric=tasks.exact, breadth=2, depth=2),
+        "w": BootstrapFinetune(metric=tasks.exact),
+    }
+
+
+OWN_ARGUMENTS = {"mipro": {"num_trials": 6, "minibatch": False}}
 
 
 @pytest.mark.parametrize(
@@ -116,6 +147,17 @@ def test_candidates_scores_demos_examples_and_requests_are_the_same(
     assert ours.program.flag_compilation_error_occurred == theirs.program.flag_compilation_error_occurred
     assert [step.prefix for step in ours.outcomes] == [c["strategy"] for c in sorted_by_length(theirs.program)]
     assert [step.score for step in ours.outcomes] == [c["score"] for c in sorted_by_length(theirs.program)]
+
+
+@pytest.mark.parametrize("strategy", ["mipro -> w -> gepa", "simba -> fewshot", "copro -> search -> w"])
+def test_the_same_holds_for_dspys_own_optimizers(walk: Callable[..., Walk], strategy: str) -> None:
+    theirs = walk(by_dspy, {"strategy": strategy}, optimizers=dspys_own, optimizer_compile_args=OWN_ARGUMENTS)
+    ours = walk(by_bt_ray, {"strategy": strategy}, optimizers=dspys_own, optimizer_compile_args=OWN_ARGUMENTS)
+    assert len(ours.candidates) == 1 + len(strategy.split(" -> "))
+    assert ours.candidates == theirs.candidates
+    assert ours.seen == theirs.seen
+    assert ours.generations == theirs.generations
+    assert not ours.program.flag_compilation_error_occurred
 
 
 @pytest.mark.parametrize("arguments", [{"valset_ratio": 0.3}, {"valset_ratio": 0}], ids=str)

@@ -1,46 +1,22 @@
 """Programs on an API's models, and what fine-tunes them. The API is a scripted one in a child process."""
 
-import json
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SUPPORT
 from support.api_server import KEY
-from support.processes import wait_for
+from support.running_api import Api, running_api
 
 import bt_ray
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
-class Api:
-    """The running API, and a copy of the tasks that ask it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.log_file = folder / "api.jsonl"
-        for name in ("api_tasks.py", "api_server.py", "scripted_server.py", "scripted_model.py", "tasks.py"):
-            shutil.copy(SUPPORT / name, folder)
-        port = folder / "port"
-        command = [sys.executable, str(SUPPORT / "api_server.py"), str(port), str(self.log_file)]
-        self.process = subprocess.Popen(command)
-        wait_for("the API", port.exists)
-        self.tasks = folder / "api_tasks.py"
-
-    def log(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.log_file.read_text().splitlines()]
-
-
 @pytest.fixture
 def api(tmp_path: Path) -> Iterator[Api]:
-    running = Api(tmp_path)
-    yield running
-    running.process.kill()
-    running.process.wait()
+    with running_api(tmp_path, "api_tasks.py", "tasks.py") as running:
+        yield running
 
 
 def without_model(settings: dict[str, Any], *strategies: str) -> dict[str, Any]:

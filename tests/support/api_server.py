@@ -2,20 +2,23 @@
 
     python api_server.py PORT_FILE LOG_FILE
 
-The model `skill-4` has skill 4 (see `scripted_server`); a fine-tune of it has skill 7. A request without the key
-`KEY` is refused. Each chat request is logged as `{"model", "question"}`, each fine-tune as `{"model", "examples"}`.
+The model `skill-4` has skill 4 (see `scripted_answers`); a fine-tune of it has skill 7. A request without the key
+`KEY` is refused. Each chat request is logged as `{"model", "question", "prompt", "time"}` (the question is null where a
+proposal was wanted, the prompt is the last message, the time Unix time in seconds), each fine-tune as
+`{"model", "examples"}`.
 """
 
 import json
 import re
 import sys
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # not there by itself, where PYTHONSAFEPATH is set
 
-from scripted_server import answer
+from scripted_answers import answer, completion
 
 KEY = "an-api-key-that-no-file-may-hold"
 GAIN = 3
@@ -51,12 +54,10 @@ class Api(BaseHTTPRequestHandler):
 
     def chat(self, request: dict[str, Any]) -> None:
         skill = int(re.findall(r"skill-(\d+)", request["model"])[0])
-        text, question, _ = answer(skill, request["messages"])
-        self.note(model=request["model"], question=question)
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-        usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-        about = {"id": "1", "object": "chat.completion", "created": 0, "model": request["model"]}
-        self.reply({**about, "choices": [choice], "usage": usage})
+        said = answer(skill, request["messages"])
+        prompt = request["messages"][-1]["content"]
+        self.note(model=request["model"], question=said.question, prompt=prompt, time=time.time())
+        self.reply({**completion(said), "model": request["model"]})
 
     def fine_tune(self, request: dict[str, Any]) -> None:
         examples = self.files[request["training_file"]].count('"messages"')

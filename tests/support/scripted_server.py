@@ -1,8 +1,8 @@
 """Stands in for `bt_ray.serving.vllm_main`: the same arguments and environment, the real guard, scripted answers.
 
-The model folder holds its skill (`scripted_model`). A question "number 7" has the answer "14". The model answers it right if
-`7 % 10 < skill + demos in the prompt (3 at most)`, else it answers "wrong"; so every score is known in advance.
-Each request is logged to `REQUEST_LOG` as `{"weights", "question", "demos", "pid", "in_flight"}`, itself in flight too.
+The model folder holds its skill (`scripted_model`); what it says stands in `scripted_answers`.
+Each request is logged to `REQUEST_LOG` as `{"weights", "question", "demos", "hints", "in_flight", "time"}`: the question is
+null where a proposal was wanted, in flight are this request and those beside it, and the time is Unix time in seconds.
 With `SCRIPTED_TOGETHER`, answers wait until so many requests are in flight.
 """
 
@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import json
 import os
-import re
 import socket
 import sys
 import time
@@ -23,16 +22,8 @@ from bt_ray.serving.guard import Guard
 
 sys.path.insert(0, str(Path(__file__).parent))  # not there by itself, where PYTHONSAFEPATH is set
 
+from scripted_answers import Said, answer, completion
 from scripted_model import logprobs_of, read_skill
-
-
-def answer(skill: int, messages: list[dict[str, Any]]) -> tuple[str, str, int]:
-    """The completion, the question and the number of demos in the prompt."""
-    demos = min(3, sum(message["role"] == "assistant" for message in messages))
-    question = re.findall(r"number (\d+)", messages[-1]["content"])[-1]
-    right = int(question) % 10 < skill + demos
-    text = str(2 * int(question)) if right else "wrong"
-    return f"[[ ## answer ## ]]\n{text}\n\n[[ ## completed ## ]]", question, demos
 
 
 class ScriptedEngine:
@@ -95,20 +86,17 @@ class App:
             body += message.get("body", b"")
             if not message.get("more_body"):
                 break
-        request = json.loads(body)
+        await self.complete(json.loads(body), send)
+
+    async def complete(self, request: dict[str, Any], send: Any) -> None:
         skill = self.engine.adapters.get(request["model"], self.engine.skill)
         in_flight = await self.held_back()
         if time.time() < float(fault("errors_until") or 0):
             await self.reply(send, {"error": {"message": "the engine is not well"}}, 500)
             return
-        text, question, demos = answer(skill, request["messages"])
-        weights_id = next(name for name, served in self.guard.serving.items() if served == request["model"])
-        log({"weights": weights_id, "question": question, "demos": demos, "pid": os.getpid(), "in_flight": in_flight})
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-        usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-        await self.reply(
-            send, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
-        )
+        said = answer(skill, request["messages"])
+        log(next(name for name, served in self.guard.serving.items() if served == request["model"]), said, in_flight)
+        await self.reply(send, completion(said))
 
     guard: Guard
 
@@ -146,8 +134,10 @@ def take_fault(name: str) -> str | None:
     return found
 
 
-def log(line: dict[str, Any]) -> None:
+def log(weights_id: str, said: Said, in_flight: int) -> None:
     if file := os.environ.get("REQUEST_LOG"):
+        line = {"weights": weights_id, "question": said.question, "demos": said.demos, "hints": said.hints}
+        line |= {"in_flight": in_flight, "time": time.time(), "pid": os.getpid()}
         with open(file, "a") as opened:
             opened.write(json.dumps(line) + "\n")
 

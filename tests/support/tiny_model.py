@@ -1,4 +1,4 @@
-"""Make a tiny Llama with a byte-level tokenizer and a chat template: `python tiny_model.py FOLDER`. Takes seconds."""
+"""Make a tiny Llama with a byte-level tokenizer and a chat template, in seconds: `python tiny_model.py FOLDER [LENGTH]`."""
 
 import sys
 
@@ -8,7 +8,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def make(folder: str) -> None:
+def make(folder: str, length: int = 2048) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -33,7 +33,7 @@ def make(folder: str) -> None:
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=64,
-        max_position_embeddings=2048,
+        max_position_embeddings=length,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
@@ -44,4 +44,4 @@ def make(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    make(sys.argv[1])
+    make(sys.argv[1], *map(int, sys.argv[2:]))
