@@ -105,3 +105,29 @@ def test_a_model_that_is_not_there_is_told_before_anything_starts(settings: dict
     shutil.rmtree(tasks.with_name("other"))
     with pytest.raises(bt_ray.BtRayError, match=r"the folder .*other does not exist"):
         sweep(settings, f"{tasks}:two_models", "w")
+
+
+@pytest.mark.parametrize(
+    ("task", "predictors"),
+    [
+        ("chain_of_thought", {"predict"}),
+        ("nested", {"inner['one'].steps[0].predict", "inner['one'].steps[1]"}),
+        ("react", {"react", "extract.predict"}),
+    ],
+)
+def test_modules_of_modules_are_optimized_fine_tuned_and_opened_again(
+    settings: dict[str, Any], tasks: Path, task: str, predictors: set[str]
+) -> None:
+    result = sweep(settings, f"{tasks}:{task}", "w", "p -> w")
+    assert [trial.error for trial in result.trials] == [None, None]
+    baseline, tuned = result.trials[0].candidates
+    assert (baseline.score, tuned.score) == (20.0, 50.0)
+    assert set(tuned.weights) == predictors
+    assert len(set(tuned.weights.values())) == 1
+    assert tuned.weights != baseline.weights
+    best = bt_ray.load(Path(settings["run_dir"]) / "best")
+    assert best(question="number 4").answer == "8"
+    best.predictors()[0].lm.kill()
+    if task == "react":
+        used = tasks.with_name("tool.txt").read_text().split()
+        assert {"4", "100", "119"} <= set(used), "the tool was called in every process"

@@ -86,3 +86,47 @@ def one_model_for_all() -> bt_ray.Task:
         optimizers=lambda ctx: {"w": BootstrapFinetune(metric=lambda *_: True)},
         optimizer_compile_args={},
     )
+
+
+def self_taught(program: dspy.Module) -> bt_ray.Task:
+    """A program that learns from what it gets right itself."""
+    return double(
+        program=program,
+        optimizers=lambda ctx: {"p": Demos(), "w": BootstrapFinetune(metric=exact)},
+        optimizer_compile_args={},
+    )
+
+
+def chain_of_thought() -> bt_ray.Task:
+    return self_taught(dspy.ChainOfThought(Double))
+
+
+class Inner(dspy.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = [dspy.ChainOfThought(Double), dspy.Predict(Double)]
+
+    def forward(self, question: str) -> dspy.Prediction:
+        self.steps[0](question=question)
+        return self.steps[1](question=question)
+
+
+class Outer(dspy.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = {"one": Inner()}
+
+    def forward(self, question: str) -> dspy.Prediction:
+        return self.inner["one"](question=question)
+
+
+def nested() -> bt_ray.Task:
+    return self_taught(Outer())
+
+
+def react() -> bt_ray.Task:
+    def double_it(value: int) -> int:
+        (HERE / "tool.txt").open("a").write(f"{value}\n")
+        return 2 * value
+
+    return self_taught(dspy.ReAct(Double, tools=[dspy.Tool(double_it, name="double")], max_iters=3))

@@ -3,8 +3,9 @@
 A question "number 7" has the answer "14". The model answers it right if `7 % 10 < skill + demos + 2 * hints`, else "wrong".
 Demos are those in the prompt, 3 at most; hints are the `HINTS` in its instruction.
 
-Whatever else it is asked comes from an optimizer. It proposes the task's instruction with one more hint than the prompt
-knows, wherever an instruction or advice is wanted, and has nothing to say about anything else.
+Where `ReAct` asks for the next tool, it is `double`, once. Whatever else it is asked comes from an optimizer. It proposes
+the task's instruction with one more hint than the prompt knows, wherever an instruction or advice is wanted, and has nothing
+to say about anything else.
 """
 
 import json
@@ -36,13 +37,29 @@ class Said:
 def answer(skill: int, messages: list[dict[str, Any]]) -> Said:
     system = "".join(message["content"] for message in messages if message["role"] == "system")
     fields = output_fields(system)
+    if "next_tool_name" in fields:
+        return Said(sections(next_tool(messages[-1]["content"])), questions(messages)[-1])
     if fields and "answer" not in fields:
         return Said(proposal(fields, messages[-1]["content"], as_json="Outputs will be a JSON object" in system))
     demos = min(3, sum(message["role"] == "assistant" for message in messages))
     hints = sum(hint in system for hint in HINTS)
-    question = re.findall(r"number (\d+)", messages[-1]["content"])[-1]
+    question = questions(messages)[-1]
     right = int(question) % 10 < skill + demos + PER_HINT * hints
-    return Said(sections({"answer": str(2 * int(question)) if right else "wrong"}), question, demos, hints)
+    values = dict.fromkeys(fields, "Twice that.") | {"answer": str(2 * int(question)) if right else "wrong"}
+    return Said(sections(values), question, demos, hints)
+
+
+def questions(messages: list[dict[str, Any]]) -> list[str]:
+    """The numbers in the last message."""
+    return re.findall(r"number (\d+)", messages[-1]["content"])
+
+
+def next_tool(prompt: str) -> dict[str, Any]:
+    """`ReAct`'s next step: the tool `double`, and then the end."""
+    number = re.findall(r"number (\d+)", prompt)[-1]
+    if "observation_0" in prompt:
+        return {"next_thought": "That is all.", "next_tool_name": "finish", "next_tool_args": {}}
+    return {"next_thought": "It is to be doubled.", "next_tool_name": "double", "next_tool_args": {"value": int(number)}}
 
 
 def completion(said: Said) -> dict[str, Any]:
