@@ -4,8 +4,8 @@
 # make lint    sets everything up, then lint, format and types
 # make clean   removes what the other targets made
 
-# Tests wait for processes most of the time; those with vLLM form a group, of which one runs at a time.
-SIDE_BY_SIDE = -n 2 --dist loadgroup
+# Tests wait for processes most of the time. tests/conftest.py says which of them do not run side by side.
+SIDE_BY_SIDE = -n 2
 
 .PHONY: demo test test-long lint clean
 

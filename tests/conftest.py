@@ -131,3 +131,21 @@ def local_ray(s3: ObjectStore) -> Iterator[None]:
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield
     ray.shutdown()
+
+
+TOGETHER = {"test_job.py", "test_optimizers.py"}
+"""Files whose tests share what is costly to make."""
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Which tests run in one process, one after the other: those with vLLM, and those of the files that say so."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Grouped(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = Path(nodeid.partition("::")[0]).name
+            if file.startswith("test_vllm_"):
+                return "vllm"
+            return file if file in TOGETHER else nodeid
+
+    return Grouped(config, log)

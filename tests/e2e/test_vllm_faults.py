@@ -14,7 +14,7 @@ from conftest import SUPPORT
 from support.processes import MarkedProcesses, wait_for
 from support.sweep_files import toml
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(900), pytest.mark.xdist_group("vllm")]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 
 class Sweep:

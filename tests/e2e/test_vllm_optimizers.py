@@ -12,7 +12,7 @@ from support.running_api import running_api
 
 import bt_ray
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(900), pytest.mark.xdist_group("vllm")]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 
 @pytest.mark.usefixtures("local_ray")

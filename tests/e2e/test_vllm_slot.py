@@ -28,7 +28,7 @@ from bt_ray.slot import Slot
 from bt_ray.storage import open_storage
 from bt_ray.weights import Weights, base_weights, content_digest
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("vllm")]
+pytestmark = pytest.mark.timeout(600)
 TOKEN = "the-token-of-this-sweep"
 
 

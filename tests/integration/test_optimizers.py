@@ -17,7 +17,7 @@ from support.scripted_answers import instruction
 import bt_ray
 from bt_ray.results import Candidate
 
-pytestmark = [pytest.mark.usefixtures("local_ray"), pytest.mark.xdist_group("optimizers")]
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 THREADS = 4
 AFTER_W = ["fewshot", "search", "mipro", "gepa", "simba", "copro", "w"]
