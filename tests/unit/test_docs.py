@@ -1,0 +1,34 @@
+"""What the pages name exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_leads_there(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_test_that_a_page_links_is_in_the_file_that_it_links() -> None:
+    named = [
+        (page, name, target)
+        for page in PAGES
+        for name, target in re.findall(r"\[`(test_\w+)`\]\(([^)]+\.py)\)", page.read_text())
+    ]
+    assert len(named) > 20
+    for page, name, target in named:
+        assert f"def {name}(" in (page.parent / target).read_text(), f"{name} is not in {target}"
+
+
+def test_every_test_in_the_table_of_differences_exists() -> None:
+    tests = (ROOT / "tests" / "integration" / "test_differences.py").read_text()
+    rows = re.findall(r"`(test_\w+)` \|$", (ROOT / "docs" / "differences.md").read_text(), re.MULTILINE)
+    assert len(rows) >= 7
+    assert not [name for name in rows if f"def {name}(" not in tests]
