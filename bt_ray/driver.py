@@ -211,8 +211,10 @@ class _Sweep:
             message, traceback = (failure.message, failure.traceback) if failure else (None, None)
             results.append(TrialResult(trial.strategy, candidates, message, traceback, values))
             self.tell(TrialEnded(trial.strategy, results[-1].error, trial.variant))
-        skipped = self.search.skipped() if self.search is not None else ()
-        return SweepResult(self.run_dir, tuple(results), time.time() - self.started, skipped=skipped)
+        result = SweepResult(self.run_dir, tuple(results), time.time() - self.started)
+        if self.search is None:
+            return result
+        return replace(result, skipped=self.search.skipped(), believed=self.search.believed())
 
     def failure(self, trial: Trial, error: Exception | None) -> StepFailure:
         """Why a trial did not get to its end: what it recorded itself, or how it was lost."""

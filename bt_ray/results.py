@@ -103,20 +103,20 @@ class TrialResult:
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """A step that a search did not try.
+class Expected:
+    """What a search over strategies believes of a step.
 
     Attributes:
         prefix: The step.
-        expected: Its score, in percent, as far as the search can tell.
+        score: Its true score, in percent.
         spread: The standard deviation of that.
-        reason: Why it was not tried.
+        reason: Why it was not tried, if it was not.
     """
 
     prefix: str
-    expected: float
+    score: float
     spread: float
-    reason: str
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,8 @@ class SweepResult:
         test_example_scores: The metric's value for each test example, in order.
         seconds: Wall time of the sweep.
         skipped: Steps that a search over strategies did not try, the most promising first.
+        believed: The finished step that a search believes to be the best. Not always the one with the highest score, for
+            that may be luck.
     """
 
     run_dir: str
@@ -139,7 +141,8 @@ class SweepResult:
     seconds: float
     test_score: float | None = None
     test_example_scores: tuple[float, ...] = ()
-    skipped: tuple["Skipped", ...] = ()
+    skipped: tuple[Expected, ...] = ()
+    believed: Expected | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
 
     @property
@@ -165,6 +168,7 @@ class SweepResult:
             "candidates": [asdict(candidate) for candidate in self.candidates],
             "trials": [trial.to_json() for trial in self.trials],
             "skipped": [asdict(step) for step in self.skipped],
+            "believed": asdict(self.believed) if self.believed else None,
         }
 
     @classmethod
@@ -184,6 +188,7 @@ class SweepResult:
             seconds=values["seconds"],
             test_score=values["test_score"],
             test_example_scores=tuple(values["test_example_scores"]),
-            skipped=tuple(Skipped(**step) for step in values.get("skipped", ())),
+            skipped=tuple(Expected(**step) for step in values.get("skipped", ())),
+            believed=Expected(**values["believed"]) if values.get("believed") else None,
             schema_version=values["schema_version"],
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from threading import Lock
 
 from bt_ray.config import StrategySearch as SearchSettings
-from bt_ray.results import Skipped
+from bt_ray.results import Expected
 from bt_ray.search import StrategySearch
 from bt_ray.store import FinishedStep
 from bt_ray.strategy import BASELINE, every, parent, prefixes
@@ -100,15 +100,20 @@ class SearchWalk:
                 self._failed.add(lacking)
                 self._search.failed(lacking)
 
-    def skipped(self) -> tuple[Skipped, ...]:
+    def believed(self) -> Expected:
+        """The finished step that is believed to be the best."""
+        best = self._search.best()
+        return Expected(best, *self._search.expected(best))
+
+    def skipped(self) -> tuple[Expected, ...]:
         """The steps that could have come next and were not tried, the most promising first."""
         found = []
         for prefix in self._all:
             if prefix in self._known or (parent(prefix) not in self._known and parent(prefix) != BASELINE):
                 continue
             reason = "it failed" if prefix in self._failed else f"the budget of {self._budget} was spent"
-            found.append(Skipped(prefix, *self._search.expected(prefix), reason))
-        return tuple(sorted(found, key=lambda step: -step.expected))
+            found.append(Expected(prefix, *self._search.expected(prefix), reason))
+        return tuple(sorted(found, key=lambda step: -step.score))
 
     def _next(self) -> str | None:
         strategy = self._suggested()

@@ -68,11 +68,16 @@ def closing_lines(result: SweepResult) -> list[str]:
     if result.test_score is not None:
         count = len(result.test_example_scores)
         lines.append(f"On the testset, {count} examples that no step saw, evaluated once: {percent(result.test_score)}.")
+    if (believed := result.believed) is not None and believed.prefix != result.best.prefix:
+        lines.append(
+            f"That score may be luck: by what its neighbours score, the search expects more of "
+            f'"{believed.prefix or "baseline"}", {believed.score:.1f} ± {believed.spread:.1f} %.'
+        )
     if result.skipped:
         first = result.skipped[0]
         lines.append(
             f"Not tried: {len(result.skipped)} steps that could have come next, since {first.reason}. The most promising: "
-            f'"{first.prefix}", {first.expected:.1f} ± {first.spread:.1f} %. All of them stand in result.json.'
+            f'"{first.prefix}", {first.score:.1f} ± {first.spread:.1f} %. All of them stand in result.json.'
         )
     lines.append(f'Kept in {result.run_dir}/best; bt_ray.load("{result.run_dir}/best") opens it.')
     lines.append(f"The sweep took {result.seconds / 60:.1f} minutes.")

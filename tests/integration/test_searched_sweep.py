@@ -54,6 +54,9 @@ def test_it_spends_its_budget_goes_on_with_a_larger_one_and_says_what_it_did_not
     assert all(prefix in steps for step in steps for prefix in prefixes(step))
     assert result.best is not None
     assert result.best.prefix in steps
+    assert result.believed is not None
+    assert result.believed.prefix in steps
+    assert bt_ray.SweepResult.read(Path(settings["run_dir"]) / "result.json") == result
     assert {skipped.reason for skipped in result.skipped} == {"the budget of 5 steps was spent"}
     assert not {skipped.prefix for skipped in result.skipped} & set(steps)
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from bt_ray.events import ServerChanged, ServerReplaced, Stage, StepFinished, TrialEnded, TrialStarted, TrialWaits
 from bt_ray.report.progress import Progress
 from bt_ray.report.table import closing_lines, result_table, spread_table
-from bt_ray.results import Candidate, SweepResult, TrialResult
+from bt_ray.results import Candidate, Expected, SweepResult, TrialResult
 
 EVENTS = [
     Stage("Running 2 strategies"),
@@ -92,3 +92,11 @@ def test_seeds_of_a_strategy_are_summed_up() -> None:
     assert "w train.learning_rate=0.1 2 60.0 % 14.1 50.0 % 70.0 %" in rows
     assert "w train.learning_rate=0.2 2 40.0 % 0.0 40.0 % 40.0 %" in rows
     assert spread_table(SweepResult("runs/x", trials[:1], 60.0)) is None
+
+
+def test_a_search_says_what_it_did_not_try_and_what_may_be_luck() -> None:
+    trial = TrialResult("p", (Candidate("p", "p", 62.0, (), 0.0, 60.0, {}, "program.json"),))
+    skipped = (Expected("p -> w", 70.0, 4.0, "the budget of 5 steps was spent"),)
+    lines = closing_lines(SweepResult("runs/x", (trial,), 60.0, skipped=skipped, believed=Expected("w", 61.0, 1.5)))
+    assert 'the search expects more of "w", 61.0 ± 1.5 %.' in " ".join(lines)
+    assert 'The most promising: "p -> w", 70.0 ± 4.0 %.' in " ".join(lines)
