@@ -123,6 +123,7 @@ ENGINE_OPTIONS_OF_BT_RAY = {
     "served_model_name": "requests name the weights that they are for",
     "middleware": "the guard stands in front of all routes",
     "tensor_parallel_size": "it follows `server.gpus`",
+    "enable_lora": "it follows `server.fine_tunes`",
     "config": "write vLLM's options into `[server]`",
 }
 

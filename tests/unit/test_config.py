@@ -28,6 +28,7 @@ def write(tmp_path: Path, text: str) -> Path:
         ({"server": {"cpu": 1}}, "server: unknown key 'cpu'. Did you mean 'cpus'?"),
         ({"server": {"port": 80}}, "port is set by bt_ray itself"),
         ({"server": {"api_key": "x"}}, "api_key is set by bt_ray itself"),
+        ({"server": {"enable_lora": True}}, "enable_lora is set by bt_ray itself: it follows `server.fine_tunes`"),
         ({"server": {"gpus": 1.5}}, "above 1, a slot takes whole GPUs"),
         ({"train": {"method": "qlora"}}, "train.method: Input should be 'lora' or 'full' (it is 'qlora')."),
         ({"valset_ratio": 1}, "valset_ratio: Input should be less than 1 (it is 1)."),
