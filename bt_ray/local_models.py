@@ -1,11 +1,11 @@
-"""`Models` on one slot of this process: what `bt_ray.load` answers with."""
+"""`Models` in this process, on this machine: what `bt_ray.load` answers with."""
 
 import atexit
 import secrets
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from bt_ray.config import ServerConfig
@@ -18,7 +18,9 @@ from bt_ray.weights import Weights
 
 
 class LocalModels:
-    """Serves given weights one at a time, each on its first request, until killed or until this process ends.
+    """Serves given weights, each on its first request, until killed or until this process ends.
+
+    Each base model has a slot of its own, which serves one version of it at a time.
 
     Args:
         weights: All that can be asked for, by id.
@@ -28,23 +30,66 @@ class LocalModels:
 
     def __init__(self, weights: dict[str, Weights], config: ServerConfig, storage: Storage) -> None:
         self._weights = weights
+        self._server_config = config
+        self._storage = storage
+        self._door = threading.Lock()
+        self._servers: dict[str, _Server] = {}
+        # Whatever happens, the keeper ends the servers with this process; this stops them as soon as nothing can ask.
+        weakref.finalize(self, _close_all, self._servers)
+        atexit.register(_close_all, self._servers)
+
+    def request(self, weights_id: str) -> AbstractContextManager[Endpoint]:
+        weights = self._weights[weights_id]
+        return self.server(weights).request(weights)
+
+    def server(self, weights: Weights) -> "_Server":
+        """The one for all versions of their base model."""
+        with self._door:
+            if weights.base not in self._servers:
+                name = "load" if not self._servers else f"load-{len(self._servers) + 1}"
+                self._servers[weights.base] = _Server(name, self._server_config, self._storage)
+            return self._servers[weights.base]
+
+    def lost(self, endpoint: Endpoint) -> None:
+        self.server(self._weights[endpoint.weights_id]).lost(endpoint)
+
+    def refused(self, endpoint: Endpoint) -> None:
+        self.lost(endpoint)
+
+    def kill(self, weights_id: str) -> None:
+        """Stop the server; the next request starts it again."""
+        if (weights := self._weights.get(weights_id)) is not None:
+            self.server(weights).stop()
+
+    def close(self) -> None:
+        """Stop all servers."""
+        _close_all(self._servers)
+
+    def add(self, weights: Weights) -> None:
+        self._weights[weights.id] = weights
+
+    def finetune(self, weights_id: str, conversations: Sequence[Conversation], train_kwargs: dict[str, Any]) -> Weights:
+        raise TaskError("A loaded program is for use. To fine-tune it, run a sweep.")
+
+
+class _Server:
+    """One slot, and the requests under way on it."""
+
+    def __init__(self, name: str, config: ServerConfig, storage: Storage) -> None:
         token = secrets.token_urlsafe(32)
-        self._slot = Slot("load", config, token=token, host="127.0.0.1", storage=storage, keeps_records=False)
+        self.slot = Slot(name, config, token=token, host="127.0.0.1", storage=storage, keeps_records=False)
         self._endpoint: Endpoint | None = None
         self._in_flight = 0
         self._door = threading.Lock()
         self._changed = threading.Condition()
-        # Whatever happens, the keeper ends the server with this process; this stops it as soon as nothing can ask.
-        weakref.finalize(self, self._slot.close)
-        atexit.register(self._slot.close)
 
     @contextmanager
-    def request(self, weights_id: str) -> Iterator[Endpoint]:
+    def request(self, weights: Weights) -> Iterator[Endpoint]:
         with self._door:
-            if self._endpoint is None or self._endpoint.weights_id != weights_id:
+            if self._endpoint is None or self._endpoint.weights_id != weights.id:
                 with self._changed:
                     self._changed.wait_for(lambda: self._in_flight == 0)
-                self._endpoint = self._slot.serve(self._weights[weights_id])
+                self._endpoint = self.slot.serve(weights)
             endpoint = self._endpoint
             with self._changed:
                 self._in_flight += 1
@@ -59,16 +104,15 @@ class LocalModels:
         if self._endpoint == endpoint:
             self._endpoint = None
 
-    def refused(self, endpoint: Endpoint) -> None:
-        self.lost(endpoint)
-
-    def kill(self, weights_id: str) -> None:
-        """Stop the server; the next request starts it again."""
+    def forget(self) -> None:
+        """Look anew at the next request: the slot did something else meanwhile."""
         self._endpoint = None
-        self._slot.stop()
 
-    def add(self, weights: Weights) -> None:
-        self._weights[weights.id] = weights
+    def stop(self) -> None:
+        self._endpoint = None
+        self.slot.stop()
 
-    def finetune(self, weights_id: str, conversations: Sequence[Conversation], train_kwargs: dict[str, Any]) -> Weights:
-        raise TaskError("A loaded program is for use. To fine-tune it, run a sweep.")
+
+def _close_all(servers: dict[str, _Server]) -> None:
+    for server in servers.values():
+        server.slot.close()

@@ -100,7 +100,7 @@ def lm(settings: dict[str, Any], tmp_path: Path) -> Iterator[ServedLM]:
     served = models.lm()
     served.cache = False
     yield served
-    models.kill("")
+    models.close()
 
 
 @pytest.fixture(scope="session")

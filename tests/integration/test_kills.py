@@ -196,7 +196,7 @@ def test_each_strategy_gives_what_dspy_gives_for_it_alone(undisturbed: Seen, mod
             for found in program.candidate_programs
         }
         assert alone == {named: seen for named, seen in undisturbed.items() if named[0] == strategy}
-    models.kill("")
+    models.close()
 
 
 each_storage = pytest.mark.parametrize("storage_kind", ["filesystem", "s3"])

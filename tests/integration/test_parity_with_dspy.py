@@ -91,7 +91,7 @@ def walk(settings: dict[str, Any], tmp_path: Path, request_log: Any) -> Iterator
 
     yield run
     for models in hosts:
-        models.kill("")
+        models.close()
 
 
 def by_dspy(task: Task, lm: ServedLM, arguments: dict[str, Any]) -> tuple[dspy.Module, list[StepOutcome]]:

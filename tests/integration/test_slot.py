@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from support.processes import wait_for
+from support.scripted_model import write_model
 
 from bt_ray.config import SweepConfig, make_config
 from bt_ray.errors import InfrastructureError, ServerError, TrainingError
@@ -112,3 +113,19 @@ def test_without_a_sweep_a_lost_server_is_an_ordinary_error_and_may_come_back(
     del server.env["SCRIPTED_START"]
     assert "wrong" in lm("number 9")[0]
     models.kill(base.id)
+
+
+def test_each_base_model_of_a_loaded_program_keeps_a_server_of_its_own(
+    config: SweepConfig, base: Weights, tmp_path: Path
+) -> None:
+    write_model(tmp_path / "other", skill=9)
+    other = base_weights(str(tmp_path / "other"), {})
+    models = LocalModels({base.id: base, other.id: other}, config.server, open_storage(str(tmp_path / "run")))
+    engine = ServedEngine(models, None, retries=0, timeout_s=20, max_connections=4)
+    lms = [served_lm(weights, engine, config.lm) for weights in (base, other)]
+    pids = set()
+    for number in (7, 8, 9):
+        assert ["wrong" in lm(f"number {number}", cache=False)[0] for lm in lms] == [True, number == 9]
+        pids.add(tuple(models.server(weights).slot.status().pid for weights in (base, other)))
+    assert len(pids) == 1, "none was started twice"
+    models.close()

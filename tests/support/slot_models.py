@@ -24,8 +24,9 @@ class SlotModels(LocalModels):
     def finetune(self, weights_id: str, conversations: Sequence[Conversation], train_kwargs: dict[str, Any]) -> Weights:
         parent = self._weights[weights_id]
         train = override_train(self._config.train, train_kwargs)
-        trained = self._slot.train(parent, conversations, train, seed=self._config.seed)
-        self._endpoint = None
+        server = self.server(parent)
+        trained = server.slot.train(parent, conversations, train, seed=self._config.seed)
+        server.forget()
         self._weights[trained.id] = trained
         return trained
 
