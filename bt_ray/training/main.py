@@ -191,8 +191,14 @@ def _with_adapter(model: torch.nn.Module, job: TrainJob) -> PeftModel:
 class Trainer(SFTTrainer):  # type: ignore[misc]
     """`SFTTrainer` whose checkpoints are safetensors and JSON: nothing in a run directory is unpickled.
 
-    The states of optimizer, schedule and random numbers, which transformers pickles, are written by `write_state`.
+    The states of optimizer, schedule and random numbers, which transformers pickles, are written by `write_state`; its
+    arguments, which it pickles too, are left out.
     """
+
+    def _save(self, output_dir: str, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
+            self.processing_class.save_pretrained(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
@@ -342,7 +348,6 @@ class _Checkpoints(TrainerCallback):  # type: ignore[misc]
             torch.distributed.barrier()  # each process has written its part
         if state.is_world_process_zero:
             folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-            (folder / "training_args.bin").unlink(missing_ok=True)
             write_whole(folder / CHECKPOINT_MANIFEST, {"step": state.global_step, "steps": state.max_steps})
 
 

@@ -15,7 +15,7 @@ from bt_ray.slot import Slot
 from bt_ray.storage import open_storage
 from bt_ray.weights import Weights, base_weights
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
