@@ -65,11 +65,11 @@ class SearchWalk:
         self._failed: set[str] = set()
         self._under_way: set[str] = set()
         self._spent = Spent(gpus)
+        self._scored = False
         self._lock = Lock()
         for prefix, step in finished.items():
             self._spent.add(prefix, step.seconds, step.prompt_tokens + step.completion_tokens)
-            if step.score is not None:
-                self._search.observed(prefix, step.score)
+            self._observed(prefix, step.score)
 
     def next(self) -> str | None:
         """The strategy to walk now; None if there is none, at least until more is known."""
@@ -88,8 +88,7 @@ class SearchWalk:
             if not loaded:
                 self._spent.add(prefix, seconds, tokens)
             self._known.add(prefix)
-            if score is not None:
-                self._search.observed(prefix, score)
+            self._observed(prefix, score)
 
     def ended(self, strategy: str) -> None:
         """A trial is over. What it lacks cannot be computed."""
@@ -100,8 +99,10 @@ class SearchWalk:
                 self._failed.add(lacking)
                 self._search.failed(lacking)
 
-    def believed(self) -> Expected:
-        """The finished step that is believed to be the best."""
+    def believed(self) -> Expected | None:
+        """The finished step that is believed to be the best; None before any has a score."""
+        if not self._scored:
+            return None
         best = self._search.best()
         return Expected(best, *self._search.expected(best))
 
@@ -114,6 +115,11 @@ class SearchWalk:
             reason = "it failed" if prefix in self._failed else f"the budget of {self._budget} was spent"
             found.append(Expected(prefix, *self._search.expected(prefix), reason))
         return tuple(sorted(found, key=lambda step: -step.score))
+
+    def _observed(self, prefix: str, score: float | None) -> None:
+        if score is not None:
+            self._search.observed(prefix, score)
+            self._scored = True
 
     def _next(self) -> str | None:
         strategy = self._suggested()

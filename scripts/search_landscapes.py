@@ -1,163 +1,178 @@
-"""How far a search over strategies gets on landscapes whose best strategy is known, next to random choice.
+"""Compare `bt_ray.search` with random choice on simulated landscapes, whose best strategy is known.
 
-    python scripts/search_landscapes.py [--first-seed 1000] [--seeds 10] [--sigma 2]
+    python scripts/search_landscapes.py --seeds 10
 
-Three families over {p, w}, of at most five steps, each landscape drawn from its seed: gains that add up, gains that depend
-on the step before, and a deceptive one whose best strategy starts with a loss. Scores have Gaussian noise of known size, and
-40 % of the trie's 62 steps may be computed. Regret is what the strategy that is returned lacks to the best one, in true
-score.
+A landscape is a true score for each step of all strategies over {p, w} up to length 5, drawn at random within its family:
+
+additive    each optimizer has its gain, which shrinks with each use; every step also costs a little
+context     the gain depends on the step before, and fades with depth
+deceptive   the optimizers gain little, but behind one beginning, whose first step loses, lies a large gain
+
+In each, every step has a small variation of its own, which all that is below it inherits. Who searches sees scores with
+normal noise, and may compute 40 % of the steps beside the baseline. The regret is the best true score of all steps minus the
+true score of the step that is returned: in points.
+
+The rows are: the search; the search with 4 strategies under way at a time, of which a random one is the next to end a step;
+random strategies of full length, and of any length, walked until the budget ends, of which the highest score is returned;
+and, as the least that can be hoped for, what the search returns when every step is computed.
 """
 
 import argparse
 import random
+import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
-from statistics import mean, quantiles
+from itertools import product
+
+import numpy as np
 
 from bt_ray.search import StrategySearch
-from bt_ray.strategy import SEPARATOR, every, parent, prefixes
+from bt_ray.strategy import SEPARATOR, parent, prefixes
 
-OPTIMIZERS, LENGTH = ("p", "w"), 5
-STEPS = every(OPTIMIZERS, LENGTH)
+OPTIMIZERS, MAX_LENGTH = ("p", "w"), 5
+KEYS = [keys for depth in range(1, MAX_LENGTH + 1) for keys in product(OPTIMIZERS, repeat=depth)]
+STEPS = [SEPARATOR.join(keys) for keys in KEYS]
 BUDGET = int(0.4 * len(STEPS))
-OWN = 0.3
-"""Standard deviation of what each step gains of its own."""
-Landscape = dict[str, float]
+OWN_VARIATION = 0.3
+"""Standard deviation of a step's own variation, in points."""
+
+Scores = dict[str, float]
 
 
-def additive(chance: random.Random) -> Landscape:
-    """Each optimizer has a gain, which shrinks each time that it is used again; and each step a little of its own."""
-    gain = {key: chance.uniform(2, 15) for key in OPTIMIZERS}
-    shrink = {key: chance.uniform(-0.3, 0.7) for key in OPTIMIZERS}
-
-    def gained(keys: list[str]) -> float:
-        return gain[keys[-1]] * shrink[keys[-1]] ** keys[:-1].count(keys[-1]) + chance.gauss(0, OWN)
-
-    return drawn(gained)
-
-
-def dependent(chance: random.Random) -> Landscape:
-    """A step's gain depends on the step before it, and shrinks with the length."""
-    gain = {(before, key): chance.gauss(4, 7) for before in (None, *OPTIMIZERS) for key in OPTIMIZERS}
-
-    def gained(keys: list[str]) -> float:
-        before = keys[-2] if len(keys) > 1 else None
-        return gain[before, keys[-1]] * 0.8 ** (len(keys) - 1) + chance.gauss(0, OWN)
-
-    return drawn(gained)
-
-
-def deceptive(chance: random.Random) -> Landscape:
-    """One optimizer helps at once, the other loses at first, and what follows that loss gains more than anything else."""
-    good, bad = chance.sample(OPTIMIZERS, 2)
-    loss, reward, early = chance.uniform(3, 8), chance.uniform(15, 25), chance.uniform(4, 8)
-
-    def gained(keys: list[str]) -> float:
-        if len(keys) == 1:
-            value = early if keys[0] == good else -loss
-        elif keys[0] == bad and keys[-1] == good and good not in keys[:-1]:
-            value = reward
-        else:
-            value = chance.uniform(-1.5, 0)
-        return value + chance.gauss(0, OWN)
-
-    return drawn(gained)
-
-
-def drawn(gained: Callable[[list[str]], float]) -> Landscape:
-    scores = {"": 30.0}
-    for prefix in STEPS:
-        scores[prefix] = scores[parent(prefix)] + gained(prefix.split(SEPARATOR))
+def landscape(gain: Callable[[tuple[str, ...]], float], chance: np.random.Generator) -> Scores:
+    """The true scores if the last step of a strategy gains `gain`, and its own variation."""
+    scores = {"": chance.uniform(30, 60)}
+    for keys, step in zip(KEYS, STEPS, strict=True):
+        scores[step] = scores[parent(step)] + gain(keys) + chance.normal(0, OWN_VARIATION)
     return scores
 
 
-LANDSCAPES: dict[str, Callable[[random.Random], Landscape]] = {
-    "gains add up": additive,
-    "depend on the step before": dependent,
-    "deceptive": deceptive,
+def scaled(gain: Callable[[tuple[str, ...]], float], most: float) -> Callable[[tuple[str, ...]], float]:
+    """`gain`, by a factor with which the best strategy gains `most` in all. ValueError if there is no good one."""
+    best = max(sum(gain(keys[:end]) for end in range(1, len(keys) + 1)) for keys in KEYS)
+    if best < 3:
+        raise ValueError("No strategy gains.")
+    return lambda keys: gain(keys) * most / best
+
+
+def shrinking_gain(chance: np.random.Generator, low: float, high: float, cost: float) -> Callable[[tuple[str, ...]], float]:
+    first = {key: chance.uniform(low, high) for key in OPTIMIZERS}
+    kept = {key: chance.uniform(0.3, 0.7) for key in OPTIMIZERS}
+    return lambda keys: first[keys[-1]] * kept[keys[-1]] ** keys[:-1].count(keys[-1]) - cost
+
+
+def additive(chance: np.random.Generator) -> Scores:
+    gain = shrinking_gain(chance, 4, 12, cost=chance.uniform(0, 3))
+    return landscape(scaled(gain, chance.uniform(12, 30)), chance)
+
+
+def context(chance: np.random.Generator) -> Scores:
+    while True:
+        befores = ((), *((key,) for key in OPTIMIZERS))
+        gain = gain_after(
+            {(before, key): chance.normal(2, 4) for before in befores for key in OPTIMIZERS}, chance.uniform(0.6, 1)
+        )
+        try:
+            return landscape(scaled(gain, chance.uniform(12, 30)), chance)
+        except ValueError:
+            continue
+
+
+def gain_after(after: dict[tuple[tuple[str, ...], str], float], fade: float) -> Callable[[tuple[str, ...]], float]:
+    return lambda keys: after[keys[-2:-1], keys[-1]] * fade ** (len(keys) - 1)
+
+
+def deceptive(chance: np.random.Generator) -> Scores:
+    while True:
+        hidden = tuple(chance.choice(OPTIMIZERS, size=chance.integers(2, 4)))
+        loss, jump = chance.uniform(3, 8), chance.uniform(10, 22)
+        special = {hidden[:1]: -loss, hidden: jump}
+        scores = landscape(gain_but(special, shrinking_gain(chance, 2, 8, cost=1)), chance)
+        best = max(scores.values())
+        others = max(score for step, score in scores.items() if not step.startswith(hidden[0]))
+        if scores[hidden[0]] < scores[""] - 2 and others + 4 < best < scores[""] + 30:
+            return scores
+
+
+def gain_but(
+    special: dict[tuple[str, ...], float], elsewhere: Callable[[tuple[str, ...]], float]
+) -> Callable[[tuple[str, ...]], float]:
+    return lambda keys: special.get(keys) or elsewhere(keys)
+
+
+FAMILIES = {"additive": additive, "context": context, "deceptive": deceptive}
+
+
+def draw(family: str, seed: int, sigma: float) -> tuple[Scores, Scores]:
+    """The true scores of a landscape, and those that are observed."""
+    chance = np.random.default_rng([list(FAMILIES).index(family), seed])
+    true = FAMILIES[family](chance)
+    return true, {step: score + chance.normal(0, sigma) for step, score in true.items()}
+
+
+def searched(observed: Scores, seed: int, at_once: int = 1, budget: int = BUDGET) -> str:
+    """The step that the search returns, with `at_once` strategies under way."""
+    search, chance = StrategySearch(OPTIMIZERS, MAX_LENGTH, seed=seed), random.Random(seed)
+    search.observed("", observed[""])
+    done, under_way = {""}, list[str]()
+    while True:
+        while len(under_way) < at_once:
+            planned = done.union(*map(prefixes, under_way))
+            strategy = search.suggest(under_way, budget + 1 - len(planned))
+            if strategy is None:
+                break
+            under_way.append(strategy)
+        if not under_way:
+            return search.best()
+        nexts = [next(step for step in prefixes(strategy) if step not in done) for strategy in under_way]
+        step = chance.choice(nexts)
+        search.observed(step, observed[step])
+        done.add(step)
+        under_way = [strategy for strategy in under_way if strategy not in done]
+
+
+def chosen_at_random(observed: Scores, seed: int, full_length: bool = True, budget: int = BUDGET) -> str:
+    """The step with the highest score among those of random strategies."""
+    chance, done = random.Random(seed), {"": observed[""]}
+    while len(done) <= budget:
+        size = MAX_LENGTH if full_length else chance.randint(1, MAX_LENGTH)
+        for step in prefixes(SEPARATOR.join(chance.choices(OPTIMIZERS, k=size))):
+            if len(done) <= budget:
+                done[step] = observed[step]
+    return max(done, key=lambda step: done[step])
+
+
+RETURNS: dict[str, Callable[[Scores, int], str]] = {
+    "search": searched,
+    "search, 4 at once": lambda observed, seed: searched(observed, seed, at_once=4),
+    "random, full length": chosen_at_random,
+    "random, any length": lambda observed, seed: chosen_at_random(observed, seed, full_length=False),
+    "every step computed": lambda observed, seed: searched(observed, seed, budget=len(STEPS)),
 }
 
 
-@dataclass
-class Sweep:
-    """Computes steps with noise, each once, within the budget."""
-
-    landscape: Landscape
-    chance: random.Random
-    sigma: float
-
-    def __post_init__(self) -> None:
-        self.scores = {"": self.landscape[""] + self.chance.gauss(0, self.sigma)}
-
-    @property
-    def left(self) -> int:
-        return BUDGET - (len(self.scores) - 1)
-
-    def walk(self, strategy: str) -> dict[str, float]:
-        """What the strategy's new steps score."""
-        new = [prefix for prefix in prefixes(strategy) if prefix not in self.scores][: self.left]
-        found = {prefix: self.landscape[prefix] + self.chance.gauss(0, self.sigma) for prefix in new}
-        self.scores |= found
-        return found
-
-
-def searched(sweep: Sweep, seed: int, at_a_time: int = 1) -> str:
-    """What the search returns, with so many strategies under way at a time."""
-    search = StrategySearch(OPTIMIZERS, LENGTH, seed=seed)
-    search.observed("", sweep.scores[""])
-    under_way: list[str] = []
-    while True:
-        while len(under_way) < at_a_time:
-            promised = {step for strategy in under_way for step in prefixes(strategy)} - sweep.scores.keys()
-            suggested = search.suggest(under_way, sweep.left - len(promised))
-            if suggested is None:
-                break
-            under_way.append(suggested)
-        if not under_way:
-            return search.best()
-        for prefix, score in sweep.walk(under_way.pop(0)).items():
-            search.observed(prefix, score)
-
-
-def at_random(sweep: Sweep, chance: random.Random) -> str:
-    """The highest score among random strategies."""
-    while sweep.left > 0:
-        sweep.walk(chance.choice(STEPS))
-    return max(sweep.scores, key=lambda prefix: sweep.scores[prefix])
-
-
-def regrets(family: str, seed: int, sigma: float) -> dict[str, float]:
-    """What each way lacks to the best strategy of one landscape."""
-    landscape = LANDSCAPES[family](random.Random(f"{family} {seed}"))
-    best = max(landscape.values())
-
-    def sweep() -> Sweep:
-        return Sweep(landscape, random.Random(f"noise {seed}"), sigma)
-
-    found = {
-        "search": searched(sweep(), seed),
-        "search, 4 at a time": searched(sweep(), seed, at_a_time=4),
-        "random": at_random(sweep(), random.Random(f"choice {seed}")),
-    }
-    return {way: best - landscape[prefix] for way, prefix in found.items()}
+def regret(true: Scores, step: str) -> float:
+    return max(true.values()) - true[step]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--first-seed", type=int, default=1000)
-    parser.add_argument("--sigma", type=float, default=2.0, help="standard deviation of the noise, in percent of score")
-    options = parser.parse_args()
-    seeds = range(options.first_seed, options.first_seed + options.seeds)
-    print(f"{len(STEPS)} steps, of which {BUDGET} may be computed; noise {options.sigma}; seeds {seeds[0]} to {seeds[-1]}")
-    print(f"{'landscape':26} {'way':20} {'mean regret':>11} {'90th pct.':>9} {'within sigma':>12}")
-    for family in LANDSCAPES:
-        found = [regrets(family, seed, options.sigma) for seed in seeds]
-        for way in found[0]:
-            values = [regret[way] for regret in found]
-            within = sum(value <= options.sigma for value in values)
-            high = quantiles(values, n=10)[-1] if len(values) > 1 else values[0]
-            print(f"{family:26} {way:20} {mean(values):11.2f} {high:9.2f} {within:8} of {len(values)}")
+    parser.add_argument("--seeds", type=int, default=50, help="landscapes of each family")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--sigma", type=float, default=2.0, help="standard deviation of the noise, in points")
+    arguments = parser.parse_args()
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    print(f"{BUDGET} of {len(STEPS)} steps, noise {arguments.sigma:g}, seeds {seeds[0]} to {seeds[-1]}\n")
+    print(f"{'landscape':10} {'':20} {'mean regret':>11} {'90 %':>6}   regret <= sigma")
+    for family in FAMILIES:
+        for name, returns in RETURNS.items():
+            regrets = []
+            for seed in seeds:
+                true, observed = draw(family, seed, arguments.sigma)
+                regrets.append(regret(true, returns(observed, seed)))
+            high = float(np.percentile(regrets, 90))
+            good = sum(value <= arguments.sigma for value in regrets)
+            print(f"{family:10} {name:20} {statistics.mean(regrets):11.2f} {high:6.2f}   {good} of {len(seeds)}", flush=True)
+        print()
 
 
 if __name__ == "__main__":
