@@ -4,7 +4,7 @@
 # make lint    sets everything up, then lint, format and types
 # make clean   removes what the other targets made
 
-# Tests wait for processes most of the time. tests/conftest.py says which of them do not run side by side.
+# Most tests wait for processes. tests/conftest.py says which do not run side by side; those that take longer need it all.
 SIDE_BY_SIDE = -n 2
 
 .PHONY: demo test test-long lint clean
@@ -19,7 +19,7 @@ test:
 
 test-long:
 	@scripts/setup.sh
-	@.venv/bin/python -m pytest $(SIDE_BY_SIDE) -m long
+	@.venv/bin/python -m pytest -m long
 
 lint:
 	@scripts/setup.sh
