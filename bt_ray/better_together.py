@@ -9,10 +9,11 @@ import functools
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
 from typing import Any, Protocol
@@ -27,7 +28,7 @@ from bt_ray.errors import InfrastructureFailure, TaskError
 from bt_ray.failures import Side, is_lost_answer, side_of
 from bt_ray.hosting import FailureLatch
 from bt_ray.lm import STEP_SETTING, EmptyTrainingSet, ServedEngine, student_lm
-from bt_ray.results import StepFailure, failure_of
+from bt_ray.results import StepFailure, failure_of, one_line
 from bt_ray.strategy import BASELINE, SEPARATOR
 from bt_ray.task import StepContext, Task, step_seed
 from bt_ray.teachers import stand_in_for
@@ -49,6 +50,7 @@ class StepOutcome:
         example_scores: The metric's value for each valset example, in order.
         started: Unix time in seconds.
         seconds: Compiling and evaluating.
+        example_errors: What the program or the metric raised for examples, which scored 0 for that, and for how many.
     """
 
     prefix: str
@@ -57,6 +59,7 @@ class StepOutcome:
     example_scores: tuple[float, ...]
     started: float
     seconds: float
+    example_errors: Mapping[str, int] = field(default_factory=dict)
 
 
 class Claim(Protocol):
@@ -110,6 +113,7 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         self._retries = retries
         self._ambient_lm = dspy.settings.lm
         self._example_scores: tuple[float, ...] = ()
+        self._example_errors: list[str] = []
         self.failure: StepFailure | None = None
         """How the step failed that ended the strategy early, None if none did."""
         super().__init__(metric=task.metric, **task.build_optimizers(self._context(BASELINE, lm)))
@@ -204,7 +208,7 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         except Exception:
             self._latch.check()
             raise
-        return StepOutcome(prefix, compiled, score, self._example_scores, started, time.time() - started)
+        return self._outcome(prefix, compiled, score, started)
 
     def _evaluate_on_valset(
         self,
@@ -221,7 +225,7 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         def baseline() -> StepOutcome:
             started = time.time()
             score = evaluate()
-            return StepOutcome(BASELINE, program, score, self._example_scores, started, time.time() - started)
+            return self._outcome(BASELINE, program, score, started)
 
         return self._kept(BASELINE, baseline).score if self._running == BASELINE else evaluate()
 
@@ -234,7 +238,7 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         provide_traceback: bool | None,
     ) -> float | None:
         drop_traced_forward(program)
-        self._example_scores = ()
+        self._example_scores, self._example_errors = (), []
         if not valset:
             return None
         evaluate = dspy.Evaluate(
@@ -264,9 +268,15 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
             except Exception as error:
                 if is_lost_answer(error):
                     raise self._latch.trip(error) from error
+                self._example_errors.append(one_line(error))
                 raise
 
         return told
+
+    def _outcome(self, prefix: str, program: dspy.Module, score: float | None, started: float) -> StepOutcome:
+        """What a step gave whose program was evaluated last."""
+        errors = Counter(self._example_errors)
+        return StepOutcome(prefix, program, score, self._example_scores, started, time.time() - started, errors)
 
     def _step(self, prefix: str) -> Any:
         """The context that a step's threads inherit; requests of any other step are refused from now on."""

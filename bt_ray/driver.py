@@ -198,7 +198,8 @@ class _Sweep:
         best: float | None = None
         for step in steps:
             best = step.score if best is None or step.score is None else max(best, step.score)
-            self.tell(StepFinished(trial.strategy, step.prefix, step.score, best, step.seconds, True, trial.variant))
+            told = (step.prefix, step.score, best, step.seconds, True, trial.variant, step.example_errors)
+            self.tell(StepFinished(trial.strategy, *told))
 
     def gathered(self, errors: Mapping[Trial, Exception]) -> SweepResult:
         """What is on the store, as the result. `errors`: of trials that were lost."""

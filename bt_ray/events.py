@@ -1,6 +1,7 @@
 """What happens during a sweep, as frozen records. Progress shows some of them, and `events.jsonl` keeps the others."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -31,7 +32,8 @@ class TrialStarted:
 class StepFinished:
     """A trial has a step: `score` and `best_score` in percent, None without validation.
 
-    `loaded` says that another trial, or an earlier run, computed it; `seconds` is what that took.
+    `loaded` says that another trial, or an earlier run, computed it; `seconds` is what that took. `example_errors` are what
+    the program or the metric raised for examples, and for how many.
     """
 
     strategy: str
@@ -41,6 +43,7 @@ class StepFinished:
     seconds: float
     loaded: bool = False
     variant: str = ""
+    example_errors: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,7 @@ class KeptSteps:
             versions=installed_versions(),
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
+            example_errors=dict(outcome.example_errors),
         )
         if not self._claims.may_commit(key.key, fence):
             raise InfrastructureError(f"The claim on step {key.prefix!r} went to another trial.")
@@ -145,7 +146,9 @@ class KeptSteps:
         """The step as it is on the store."""
         self._on_step(step, loaded)
         program = self.rebuilt(step)
-        return StepOutcome(step.prefix, program, step.score, step.example_scores, step.started, step.seconds)
+        return StepOutcome(
+            step.prefix, program, step.score, step.example_scores, step.started, step.seconds, step.example_errors
+        )
 
     def rebuilt(self, step: FinishedStep) -> dspy.Module:
         """The step's program from its saved state, with LMs for its weights."""

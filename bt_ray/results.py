@@ -34,6 +34,7 @@ class Candidate:
         program: DSPy's JSON state of the program, relative to the run directory.
         api_models: The model of each predictor whose LM no server of the sweep answers for, by the predictor's name.
         variant: Names the settings of the sweep's space that it was computed under; `""` without a space.
+        example_errors: What the program or the metric raised for examples, which scored 0 for that, and for how many.
     """
 
     strategy: str
@@ -46,6 +47,7 @@ class Candidate:
     program: str
     api_models: dict[str, str] = field(default_factory=dict)
     variant: str = ""
+    example_errors: dict[str, int] = field(default_factory=dict)
 
     @property
     def rank_key(self) -> tuple[float, int]:
@@ -66,6 +68,11 @@ def failure_of(error: Exception) -> StepFailure:
     if isinstance(error, StepFailed):
         return StepFailure(str(error), error.traceback)
     return StepFailure(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
+
+
+def one_line(error: Exception) -> str:
+    """`error` in a line: its kind, and what it says first."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 @dataclass(frozen=True)

@@ -344,7 +344,9 @@ class Slot:
         """End whatever runs, starts or waits for its turn; it raises where it was waited for. Harmless when nothing does."""
         with self._door:
             self._stops += 1
-            server, training = self._server, self._training
+            server, training, watch = self._server, self._training, self._watch
+        if watch is not None:
+            watch.end()  # it would take the server for dead
         if training is not None:
             training[1].stop()
         if server is not None:

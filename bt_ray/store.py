@@ -40,6 +40,7 @@ class FinishedStep:
         prompt_tokens: Tokens in, of those requests.
         completion_tokens: Tokens out.
         api_models: The model of each predictor whose LM no server of the sweep answers for, by the predictor's name.
+        example_errors: What the program or the metric raised for examples, which scored 0 for that, and for how many.
     """
 
     key: str
@@ -56,6 +57,7 @@ class FinishedStep:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     api_models: dict[str, str] = field(default_factory=dict)
+    example_errors: dict[str, int] = field(default_factory=dict)
 
     def candidate(self, strategy: str, variant: str = "") -> Candidate:
         """The step as a candidate of `strategy`, which has it as a prefix, under a variant of the settings."""
@@ -70,6 +72,7 @@ class FinishedStep:
             program=self.program,
             api_models=self.api_models,
             variant=variant,
+            example_errors=self.example_errors,
         )
 
 

@@ -205,7 +205,8 @@ class _Reporter:
         if step.score is not None:
             self._best = step.score if self._best is None else max(self._best, step.score)
         values = {"prefix": step.prefix, "score": step.score, "best_score": self._best, "seconds": step.seconds}
-        tune.report({**values, "tokens": step.prompt_tokens + step.completion_tokens, "loaded": loaded})
+        values |= {"tokens": step.prompt_tokens + step.completion_tokens, "loaded": loaded}
+        tune.report({**values, "example_errors": list(step.example_errors.items())})
         self._reported = True
         if not loaded:
             self._metrics.step(step.seconds, step.requests, step.prompt_tokens, step.completion_tokens)
@@ -213,7 +214,7 @@ class _Reporter:
     def finish(self) -> None:
         if not self._reported:  # Ray Tune takes a trial that never reported for a lost one
             nothing = {"prefix": BASELINE, "score": None, "best_score": None, "seconds": 0.0, "tokens": 0}
-            tune.report({**nothing, "loaded": True})
+            tune.report({**nothing, "loaded": True, "example_errors": []})
 
 
 def _dspy_settings(config: SweepConfig) -> dict[str, Any]:

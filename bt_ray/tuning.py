@@ -215,6 +215,7 @@ def _tune_callback(tell: Callable[[Event], None]) -> Any:
                     result["seconds"],
                     result["loaded"],
                     trial.config["trial"]["variant"],
+                    dict(result["example_errors"]),
                 )
             )
 

@@ -22,7 +22,7 @@ from bt_ray.events import (
     TrialStarted,
     TrialWaits,
 )
-from bt_ray.report.table import percent, trial_label
+from bt_ray.report.table import errors_in_words, percent, trial_label
 from bt_ray.strategy import prefixes
 
 _OfATrial = TrialWaits | TrialStarted | StepFinished | TrialLost | TrialEnded
@@ -122,10 +122,12 @@ class Progress:
                 line = ""
             case TrialStarted():
                 line = f"{_named(event)}: started"
-            case StepFinished(_, prefix, score, best_score, seconds, loaded):
+            case StepFinished(_, prefix, score, best_score, seconds, loaded, _, errors):
                 name = f"step {prefix}" if prefix else "baseline"
                 took = "computed already" if loaded else f"in {seconds:.0f} s"
                 line = f"{_named(event)}: {name} {percent(score)} (best {percent(best_score)}), {took}"
+                if errors:
+                    line += f"; {errors_in_words(errors)}"
             case TrialLost(_, reason):
                 line = f"{_named(event)}: lost, and run again: {reason}"
             case TrialEnded(_, error):

@@ -1,5 +1,6 @@
 """The table at the end of a sweep."""
 
+from collections.abc import Mapping
 from statistics import mean, stdev
 
 from rich.table import Table
@@ -57,6 +58,13 @@ def spread_table(result: SweepResult) -> Table | None:
 def trial_label(strategy: str, variant: str) -> str:
     """A trial as people see it."""
     return f"{strategy} [{variant}]" if variant else strategy
+
+
+def errors_in_words(errors: Mapping[str, int]) -> str:
+    """That examples scored 0 for what was raised, most often for what."""
+    first = max(errors, key=errors.__getitem__)
+    others = "" if len(errors) == 1 else f", and {len(errors) - 1} other kinds"
+    return f"{sum(errors.values())} examples scored 0 for an error: {first}{others}"
 
 
 def closing_lines(result: SweepResult) -> list[str]:

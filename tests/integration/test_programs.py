@@ -121,6 +121,7 @@ def test_modules_of_modules_are_optimized_fine_tuned_and_opened_again(
     result = sweep(settings, f"{tasks}:{task}", "w", "p -> w")
     assert [trial.error for trial in result.trials] == [None, None]
     baseline, tuned = result.trials[0].candidates
+    assert not tuned.example_errors
     assert (baseline.score, tuned.score) == (20.0, 50.0)
     assert set(tuned.weights) == predictors
     assert len(set(tuned.weights.values())) == 1

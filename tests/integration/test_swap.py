@@ -216,6 +216,17 @@ def test_slow_answers_of_an_engine_that_gives_tokens_are_left_alone(host: Host) 
     assert (slot.status().pid, slot.status().state) == (pid, "serving")
 
 
+def test_a_server_that_is_stopped_is_not_taken_for_dead(
+    host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("bt_ray.serving.watch.LOOK_S", 0.002)
+    slot = host.slot()
+    for _ in range(3):
+        slot.serve(host.base)
+        slot.stop()
+    assert "is dead" not in caplog.text
+
+
 def test_a_server_that_dies_is_noticed_with_its_last_lines(host: Host) -> None:
     slot = host.slot(stall_timeout_s=1.5)
     slot.serve(host.base)

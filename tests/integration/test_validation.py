@@ -14,6 +14,7 @@ from conftest import SUPPORT
 from support import known
 
 import bt_ray
+from bt_ray.events import StepFinished
 from bt_ray.strategy import prefixes
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -72,10 +73,14 @@ def without_seed(changed: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_an_evaluation_with_fewer_failed_examples_than_max_errors_goes_on(settings: dict[str, Any], tasks: Path) -> None:
-    result = bt_ray.sweep(f"{tasks}:three_fail", {**settings, "strategies": ["a"], "max_errors": 4})
+    events: list[Any] = []
+    result = bt_ray.sweep(f"{tasks}:three_fail", {**settings, "strategies": ["a"], "max_errors": 4}, listener=events.append)
     (trial,) = result.trials
     assert trial.error is None
     assert [candidate.score for candidate in trial.candidates] == [20.0, 40.0]
+    errors = [{"KeyError: 'no such field'": 3}] * 2
+    assert [candidate.example_errors for candidate in trial.candidates] == errors
+    assert [event.example_errors for event in events if isinstance(event, StepFinished)] == errors
 
 
 def test_an_evaluation_with_as_many_as_max_errors_ends_as_an_error_that_says_what_to_do(
