@@ -5,7 +5,6 @@ optimizers for each step inside the context of the student's LM, takes each step
 its per-example scores, and lets lost infrastructure through. `docs/differences.md` lists where that differs from DSPy.
 """
 
-import functools
 import logging
 import random
 import time
@@ -19,7 +18,6 @@ from types import MethodType
 from typing import Any, Protocol
 
 import dspy
-from dspy.teleprompt import BootstrapFewShot, BootstrapFewShotWithRandomSearch, BootstrapFinetune, MIPROv2
 from dspy.teleprompt.bootstrap_finetune import FinetuneTeleprompter
 from dspy.teleprompt.teleprompt import Teleprompter
 from dspy.utils.callback import BaseCallback
@@ -34,9 +32,6 @@ from bt_ray.task import StepContext, Task, step_seed
 from bt_ray.teachers import stand_in_for
 
 logger = logging.getLogger(__name__)
-
-FILTER_BY_METRIC = (BootstrapFewShot, BootstrapFewShotWithRandomSearch, MIPROv2, BootstrapFinetune)
-"""Optimizers that keep the examples for which the metric's value is true."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +192,6 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
             with dspy.context(lm=lm, callbacks=[*dspy.settings.callbacks, LostAnswers(self._latch)]):
                 optimizers = self._task.build_optimizers(self._context(prefix, lm))
                 optimizer, compile_args = optimizers[key], self._task.compile_args(optimizers).get(key, {})
-                filter_by_score(optimizer)
                 stand_in_for(student, compile_args.get("teacher"))
                 refuse_optimizer_that_mixes_lms(optimizer, student)
                 compiled, score, _, _ = super()._run_and_evaluate_step(
@@ -308,23 +302,6 @@ class LostAnswers(BaseCallback):  # type: ignore[misc]
             self._latch.trip(exception)
 
     on_lm_start, on_lm_end = on_module_start, on_module_end
-
-
-def filter_by_score(optimizer: Teleprompter) -> None:
-    """Let a metric that returns its score with feedback, as for GEPA, decide which examples a bootstrapping optimizer keeps.
-
-    DSPy keeps those whose value is true, and a `dspy.Prediction` always is, whatever its score.
-    """
-    metric = getattr(optimizer, "metric", None)
-    if not isinstance(optimizer, FILTER_BY_METRIC) or metric is None:
-        return
-
-    @functools.wraps(metric)
-    def score(*args: Any, **kwargs: Any) -> Any:
-        value = metric(*args, **kwargs)
-        return value.score if isinstance(value, dspy.Prediction) else value
-
-    optimizer.metric = score
 
 
 def refuse_optimizer_that_mixes_lms(optimizer: Teleprompter, student: dspy.Module) -> None:

@@ -7,7 +7,7 @@ import inspect
 import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +18,7 @@ from dspy.teleprompt.bootstrap_finetune import FinetuneTeleprompter
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from bt_ray.errors import TaskError, nearest
+from bt_ray.metric import adapt_metric, awaited
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Task:
     Attributes:
         program: The student. Predictors without an LM get the sweep's served model.
         trainset: Training examples, with their inputs marked.
-        metric: `metric(example, prediction, trace=None)`, as for `dspy.BetterTogether`.
+        metric: `metric(example, prediction, trace=None)`, as for `dspy.BetterTogether`; a coroutine function is awaited.
         valset: Validation examples. Without it, `valset_ratio` of the trainset is held out.
         testset: Examples that no step sees; the winner is scored on them once, at the end.
         optimizers: Called anew for each step, inside `dspy.context(lm=<the step's LM>)`; gives what one would give to
@@ -79,19 +80,21 @@ class Task:
             TaskError: The function did not return a dict of DSPy optimizers.
         """
         with dspy.context(lm=context.lm):
-            if self.optimizers is None:
-                return {
-                    "p": BootstrapFewShotWithRandomSearch(metric=self.metric),
-                    "w": BootstrapFinetune(metric=self.metric),
-                }
-            built = self.optimizers(context)
+            built = self.optimizers(context) if self.optimizers is not None else self._default_optimizers()
         if not isinstance(built, Mapping) or not built:
             raise TaskError(f"optimizers(ctx) must return a dict of optimizers by key, it returned {built!r}.")
         for key, optimizer in built.items():
             _check_key(key)
             if not isinstance(optimizer, Teleprompter):
                 raise TaskError(f"optimizers(ctx)[{key!r}] must be a DSPy optimizer, it is {optimizer!r}.")
+            adapt_metric(optimizer)
         return dict(built)
+
+    def _default_optimizers(self) -> dict[str, Teleprompter]:
+        return {
+            "p": BootstrapFewShotWithRandomSearch(metric=self.metric),
+            "w": BootstrapFinetune(metric=self.metric),
+        }
 
     def compile_args(self, optimizers: Mapping[str, Teleprompter]) -> dict[str, dict[str, Any]]:
         """`optimizer_compile_args`, with the task's teacher routed to every optimizer that takes one.
@@ -157,7 +160,7 @@ def load_task(source: str | TaskFunction, args: Mapping[str, Any] | None = None)
     if not isinstance(task, Task):
         raise TaskError(f"{spec} must return a bt_ray.Task, it returned {type(task).__name__}.")
     check_task(task, spec)
-    return task
+    return replace(task, metric=awaited(task.metric))
 
 
 def _imported(spec: str) -> Any:

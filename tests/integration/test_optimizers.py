@@ -134,6 +134,15 @@ def test_all_that_a_prompt_optimizer_asks_after_w_is_answered_by_the_weights_of_
     assert any(request["hints"] or request["demos"] for request in step.requests), "it was asked what the optimizer made"
 
 
+def test_a_coroutine_function_as_the_metric_is_awaited_by_evaluations_and_optimizers(
+    local_ray: None, tmp_path: Path
+) -> None:
+    swept = Swept(tmp_path, f"{OPTIMIZERS}:awaited", ["fewshot -> gepa"])
+    assert swept["fewshot"].outcome == (50.0, instruction(0), 3, 2)
+    assert swept["fewshot -> gepa"].outcome == (70.0, instruction(1), 3, 2)
+    assert swept.result.test_score == 70.0
+
+
 def test_a_fine_tune_of_a_fine_tune_has_weights_of_its_own(pooled: Swept) -> None:
     step = pooled["w -> w"]
     assert len({pooled[""].weights, pooled["w"].weights, step.weights}) == 3

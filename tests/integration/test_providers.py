@@ -85,6 +85,29 @@ def test_openais_fine_tuning_is_a_step_like_any_other(settings: dict[str, Any], 
     assert best(question="number 28").answer == "56"
 
 
+def test_databricks_fine_tuning_is_a_step_like_any_other(settings: dict[str, Any], tmp_path: Path) -> None:
+    tasks = ("databricks_tasks.py", "tasks.py")
+    with running_api(tmp_path, *tasks, server="databricks_server.py") as workspace:
+        config = without_model(settings, "w", "w -> p")
+        result = bt_ray.sweep(f"{workspace.tasks}:fine_tuned_by_databricks", config)
+        assert [trial.error for trial in result.trials] == [None, None]
+        assert [candidate.score for candidate in result.trials[1].candidates] == [40.0, 70.0, 90.0]
+        uploaded, ordered, deployed = workspace.log()
+        assert (uploaded["lines"], Path(uploaded["file"]).parent) == (8, Path("/Volumes/main/default/data/sweep"))
+        assert ordered == {
+            "model": "meta/skill-4",
+            "train_data_path": uploaded["file"],
+            "register_to": "main.default.skill-7",
+            "training_duration": "2ep",
+        }
+        assert deployed == {"endpoint": "main_default_skill-7", "entity_version": 1}
+        assert result.trials[1].candidates[-1].api_models == {"self": "databricks/main_default_skill-7"}
+        assert_no_key_is_kept(settings)
+
+        best = bt_ray.load(Path(settings["run_dir"]) / "best")
+        assert best(question="number 28").answer == "56"
+
+
 def test_a_provider_of_the_users_own_is_asked_as_dspy_asks_it(settings: dict[str, Any], api: Api) -> None:
     config = without_model(settings, "w -> p")
     result = bt_ray.sweep(f"{api.tasks}:fine_tuned_by_the_users_own", config)

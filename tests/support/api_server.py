@@ -83,9 +83,9 @@ class Api(BaseHTTPRequestHandler):
     def log_message(self, *args: Any) -> None: ...
 
 
-def main() -> None:
-    port_file, Api.log_file = map(Path, sys.argv[1:])
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Api)
+def serve(api: type[Api]) -> None:
+    port_file, api.log_file = map(Path, sys.argv[1:])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), api)
     part = port_file.with_suffix(".part")
     part.write_text(str(server.server_port))
     part.rename(port_file)
@@ -93,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(Api)

@@ -3,6 +3,7 @@
 A test whose task asks an API has a copy of this file (see `running_api`).
 """
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,22 @@ def all_optimizers() -> bt_ray.Task:
 
 def default_optimizers() -> bt_ray.Task:
     return double(optimizers=None, optimizer_compile_args={}, testset=None)
+
+
+def awaited() -> bt_ray.Task:
+    """A coroutine function as the metric, with feedback."""
+
+    async def metric(example: Any, prediction: Any, trace: Any = None, *of_gepa: Any) -> dspy.Prediction:
+        await asyncio.sleep(0)
+        return explained(example, prediction)
+
+    def optimizers(ctx: bt_ray.StepContext) -> dict[str, Teleprompter]:
+        return {
+            "fewshot": BootstrapFewShot(metric, max_bootstrapped_demos=2, max_labeled_demos=3),
+            "gepa": gepa(metric, ctx.lm, log_dir=str(ctx.scratch_dir)),
+        }
+
+    return double(metric=metric, optimizers=optimizers, optimizer_compile_args={})
 
 
 def with_compile_args() -> bt_ray.Task:

@@ -1,4 +1,4 @@
-"""Start `api_server` as a child process, beside a copy of the tasks that ask it."""
+"""Start `api_server`, or another like it, as a child process, beside a copy of the tasks that ask it."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from typing import Any
 from support.processes import wait_for
 
 SUPPORT = Path(__file__).parent
-SERVER = ("api_server.py", "scripted_answers.py")
+IMPORTED = ("api_server.py", "scripted_answers.py")
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,18 @@ class Api:
 
 
 @contextmanager
-def running_api(folder: Path, *tasks: str) -> Iterator[Api]:
+def running_api(folder: Path, *tasks: str, server: str = "api_server.py") -> Iterator[Api]:
     """An API, whose port is in the file `port` in `folder`.
 
     Args:
         folder: Gets a copy of the tasks, and of what they import.
         tasks: The files of tasks, the one that asks the API first.
+        server: The file of the API.
     """
-    for name in (*tasks, *SERVER):
+    for name in (*tasks, *IMPORTED):
         shutil.copy(SUPPORT / name, folder)
     port, log_file = folder / "port", folder / "api.jsonl"
-    process = subprocess.Popen([sys.executable, str(SUPPORT / SERVER[0]), str(port), str(log_file)])
+    process = subprocess.Popen([sys.executable, str(SUPPORT / server), str(port), str(log_file)])
     try:
         wait_for("the API", port.exists)
         yield Api(folder / tasks[0], log_file)

@@ -1,0 +1,55 @@
+"""A user's metric as DSPy's optimizers call it: a plain function, whose value decides.
+
+A metric may be a coroutine function, or return its score with feedback as GEPA wants it. DSPy would take a coroutine, and a
+`dspy.Prediction` whatever its score, for a success.
+"""
+
+import asyncio
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import dspy
+from dspy.teleprompt import BootstrapFewShot, BootstrapFewShotWithRandomSearch, BootstrapFinetune, MIPROv2
+from dspy.teleprompt.teleprompt import Teleprompter
+
+Metric = Callable[..., Any]
+ATTRIBUTES = ("metric", "metric_fn")
+"""Where DSPy's optimizers keep their metric."""
+FILTER_BY_METRIC = (BootstrapFewShot, BootstrapFewShotWithRandomSearch, MIPROv2, BootstrapFinetune)
+"""Optimizers that keep the examples for which the metric's value is true."""
+
+
+def awaited(metric: Metric) -> Metric:
+    """`metric` as a plain function: a coroutine function is awaited in an event loop of the calling thread's own."""
+    if not is_async(metric):
+        return metric
+
+    @functools.wraps(metric)
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        return asyncio.run(metric(*args, **kwargs))
+
+    return plain
+
+
+def is_async(metric: Any) -> bool:
+    return inspect.iscoroutinefunction(metric) or inspect.iscoroutinefunction(getattr(metric, "__call__", None))  # noqa: B004
+
+
+def adapt_metric(optimizer: Teleprompter) -> None:
+    """Have an optimizer await its metric, and filter examples by its score."""
+    for name in ATTRIBUTES:
+        metric = getattr(optimizer, name, None)
+        if callable(metric):
+            plain = awaited(metric)
+            setattr(optimizer, name, _score_alone(plain) if isinstance(optimizer, FILTER_BY_METRIC) else plain)
+
+
+def _score_alone(metric: Metric) -> Metric:
+    @functools.wraps(metric)
+    def score(*args: Any, **kwargs: Any) -> Any:
+        value = metric(*args, **kwargs)
+        return value.score if isinstance(value, dspy.Prediction) else value
+
+    return score
