@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bt_ray.best import keep_best
 from bt_ray.cluster import Listener, cause_of, connected, opened_pool, watched
 from bt_ray.config import StrategySearch, SweepConfig, make_config, with_absolute_paths
-from bt_ray.errors import BtRayError, ConfigError, InfrastructureError, TaskError
+from bt_ray.errors import ConfigError, InfrastructureError, TaskError
 from bt_ray.events import Stage, StepFinished, TrialEnded, TrialWaits
 from bt_ray.fingerprint import digest
 from bt_ray.preflight import CheckedSweep, check_sweep, inside_job
@@ -22,7 +23,7 @@ from bt_ray.search_walk import SearchWalk
 from bt_ray.storage import open_storage
 from bt_ray.store import FinishedStep, StepStore
 from bt_ray.strategy import BASELINE, parent, prefixes, start_order
-from bt_ray.task import Task, TaskFunction, task_spec
+from bt_ray.task import TaskFunction, task_spec
 from bt_ray.tuning import Trial, run_search, run_trials
 
 if TYPE_CHECKING:
@@ -113,19 +114,19 @@ class _Sweep:
             self.tell(Stage(f"{len(done)} of {len(keys)} steps are finished already, the baseline included"))
         complete = done == keys if self.search is None else self.search.is_over
         if complete:
-            result = self.with_known_test(self.gathered({}))
-            if result.test_score is not None or not self.task_of(result.best).testset:
+            result = self.with_known_tests(self.gathered({}))
+            if not self.untested(result):
                 self.keep(result)
                 return result
         with connected(address, self.tell) as own, self.pool(own) as pool:
             setups = self.setups(pool, done, first_fence)
             with watched(pool, self.store.storage, self.tell) if pool is not None else nullcontext():
                 errors = {} if complete else self.computed(finished, setups)
-                result = self.with_known_test(self.gathered(errors))
+                result = self.with_known_tests(self.gathered(errors))
                 self.keep(result)
-                if (best := result.best) is not None and result.test_score is None and self.task_of(best).testset:
-                    self.store.storage.write_json(self.test_file(best), _tested(best, setups[best.variant], self.tell))
-                    result = self.with_known_test(self.gathered(errors))
+                if untested := self.untested(result):
+                    self.test(untested, setups)
+                    result = self.with_known_tests(result)
                     self.keep(result)
         return result
 
@@ -227,20 +228,55 @@ class _Sweep:
         error = error or InfrastructureError("The trial was lost before its end.")
         return StepFailure(cause_of(error), str(error))
 
-    def task_of(self, best: Candidate | None) -> Task:
-        return (self.checked.variants[best.variant] if best is not None else self.checked.first).task
+    def to_test(self, result: SweepResult) -> dict[str, Candidate]:
+        """What is evaluated on the testset, by the file of its score: the best of each strategy, and what the sweep and a
+        search take for the best of all. A search walks many strategies, so of them only those two.
+        """
+        chosen = [trial.best for trial in result.trials] if self.search is None else [result.best]
+        if (believed := result.believed) is not None:
+            chosen += [candidate for candidate in result.candidates if candidate.prefix == believed.prefix]
+        files = {self.test_file(candidate): candidate for candidate in chosen if candidate is not None}
+        return {file: candidate for file, candidate in files.items() if file}
 
-    def with_known_test(self, result: SweepResult) -> SweepResult:
-        """The result with its best program's score on the testset, if that is on the store."""
-        if result.best is None or not self.task_of(result.best).testset:
-            return result
-        scores = self.store.storage.read_json(self.test_file(result.best))
-        return replace(result, test_score=scores[0], test_example_scores=tuple(scores[1])) if scores else result
+    def untested(self, result: SweepResult) -> dict[str, Candidate]:
+        return {file: candidate for file, candidate in self.to_test(result).items() if candidate.test_score is None}
 
-    def test_file(self, best: Candidate) -> str:
-        """Where the score of a program on the testset is kept."""
-        testset = digest(list(self.task_of(best).testset or ()))
-        return f"tests/{self.checked.variants[best.variant].keys[best.prefix].key}-{testset}.json"
+    def with_known_tests(self, result: SweepResult) -> SweepResult:
+        """The result with the scores on the testset that are on the store."""
+        known = {file: self.store.storage.read_json(file) for file in self.to_test(result)}
+
+        def tested(candidate: Candidate) -> Candidate:
+            scores = known.get(self.test_file(candidate))
+            return replace(candidate, test_score=scores[0], test_example_scores=tuple(scores[1])) if scores else candidate
+
+        trials = [replace(trial, candidates=tuple(map(tested, trial.candidates))) for trial in result.trials]
+        return replace(result, trials=tuple(trials))
+
+    def test_file(self, candidate: Candidate) -> str:
+        """Where the score of a program on the testset is kept; `""` without a testset."""
+        variant = self.checked.variants[candidate.variant]
+        testset = self.testset_digests[candidate.variant]
+        return f"tests/{variant.keys[candidate.prefix].key}-{testset}.json" if testset else ""
+
+    @cached_property
+    def testset_digests(self) -> dict[str, str]:
+        """Of each variant's testset; `""` where there is none."""
+        testsets = {name: list(checked.task.testset or ()) for name, checked in self.checked.variants.items()}
+        return {name: digest(testset) if testset else "" for name, testset in testsets.items()}
+
+    def test(self, candidates: Mapping[str, Candidate], setups: "Mapping[str, TrialSetup]") -> None:
+        """Evaluate candidates on the testset, and keep their scores in the given files.
+
+        Raises:
+            InfrastructureError: An evaluation was lost. The others are kept.
+        """
+        from bt_ray.trial import tested
+
+        what = "the best program" if len(candidates) == 1 else f"the best of each strategy, {len(candidates)} programs,"
+        self.tell(Stage(f"Scoring {what} on the testset"))
+        at_once = self.config.concurrent_trials(len(candidates), served=bool(self.checked.bases))
+        for file, scores in tested({file: (setups[c.variant], c) for file, c in candidates.items()}, at_once):
+            self.store.storage.write_json(file, scores)
 
     def keep(self, result: SweepResult) -> None:
         self.store.storage.write_json(RESULT, result.to_json())
@@ -287,21 +323,3 @@ def portable_task(task: str) -> str:
     if inside_job() and path.is_absolute() and path.is_relative_to(Path.cwd()):
         return f"{path.relative_to(Path.cwd())}:{function}"
     return task
-
-
-def _tested(best: Candidate, setup: "TrialSetup", tell: Listener) -> tuple[float, Sequence[float]]:
-    """The best program's score on the testset, in percent, and the metric's value for each example."""
-    import ray
-
-    from bt_ray.trial import TestEvaluation
-
-    tell(Stage("Scoring the best program on the testset"))
-    options = {"num_cpus": setup.config.trial.cpus, "max_restarts": setup.config.trial.max_failures}
-    evaluation = TestEvaluation.options(**options).remote()  # type: ignore[attr-defined]
-    try:
-        scores: tuple[float, Sequence[float]] = ray.get(evaluation.score.remote(setup, best))
-    except ray.exceptions.RayError as error:
-        if isinstance(cause := getattr(error, "cause", None), BtRayError):
-            raise cause from error
-        raise InfrastructureError(f"The test of the best program was lost: {error}") from error
-    return scores

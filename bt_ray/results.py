@@ -35,6 +35,8 @@ class Candidate:
         api_models: The model of each predictor whose LM no server of the sweep answers for, by the predictor's name.
         variant: Names the settings of the sweep's space that it was computed under; `""` without a space.
         example_errors: What the program or the metric raised for examples, which scored 0 for that, and for how many.
+        test_score: On the testset, in percent; None if it was not evaluated there.
+        test_example_scores: The metric's value for each test example, in order.
     """
 
     strategy: str
@@ -48,6 +50,8 @@ class Candidate:
     api_models: dict[str, str] = field(default_factory=dict)
     variant: str = ""
     example_errors: dict[str, int] = field(default_factory=dict)
+    test_score: float | None = None
+    test_example_scores: tuple[float, ...] = ()
 
     @property
     def rank_key(self) -> tuple[float, int]:
@@ -105,8 +109,12 @@ class TrialResult:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        candidates = [Candidate(**{**c, "example_scores": tuple(c["example_scores"])}) for c in values["candidates"]]
-        return cls(**{**values, "candidates": tuple(candidates)})
+        return cls(**{**values, "candidates": tuple(_candidate(candidate) for candidate in values["candidates"])})
+
+
+def _candidate(values: dict[str, Any]) -> Candidate:
+    scores = {name: tuple(values.get(name, ())) for name in ("example_scores", "test_example_scores")}
+    return Candidate(**{**values, **scores})
 
 
 @dataclass(frozen=True)
@@ -135,8 +143,6 @@ class SweepResult:
         trials: One for each strategy, in the order given.
         candidates: All candidates, the best first.
         best: The best program's candidate, None if every strategy failed before its baseline.
-        test_score: Of the best program on the testset, in percent; None without a testset.
-        test_example_scores: The metric's value for each test example, in order.
         seconds: Wall time of the sweep.
         skipped: Steps that a search over strategies did not try, the most promising first.
         believed: The finished step that a search believes to be the best. Not always the one with the highest score, for
@@ -146,8 +152,6 @@ class SweepResult:
     run_dir: str
     trials: tuple[TrialResult, ...]
     seconds: float
-    test_score: float | None = None
-    test_example_scores: tuple[float, ...] = ()
     skipped: tuple[Expected, ...] = ()
     believed: Expected | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
@@ -164,6 +168,11 @@ class SweepResult:
             return candidates[0] if candidates else None
         return self.trials[0].best
 
+    @property
+    def test_score(self) -> float | None:
+        """Of the best program on the testset, in percent; None without a testset, or before it was evaluated there."""
+        return self.best.test_score if self.best is not None else None
+
     def to_json(self) -> dict[str, Any]:
         return {
             "schema_version": self.schema_version,
@@ -171,7 +180,6 @@ class SweepResult:
             "seconds": self.seconds,
             "best": asdict(self.best) if self.best else None,
             "test_score": self.test_score,
-            "test_example_scores": self.test_example_scores,
             "candidates": [asdict(candidate) for candidate in self.candidates],
             "trials": [trial.to_json() for trial in self.trials],
             "skipped": [asdict(step) for step in self.skipped],
@@ -193,8 +201,6 @@ class SweepResult:
             run_dir=values["run_dir"],
             trials=tuple(TrialResult.from_json(trial) for trial in values["trials"]),
             seconds=values["seconds"],
-            test_score=values["test_score"],
-            test_example_scores=tuple(values["test_example_scores"]),
             skipped=tuple(Expected(**step) for step in values.get("skipped", ())),
             believed=Expected(**values["believed"]) if values.get("believed") else None,
             schema_version=values["schema_version"],

@@ -20,7 +20,7 @@ from ray.actor import ActorHandle
 
 from bt_ray.actors.metrics import TrialMetrics
 from bt_ray.config import SweepConfig
-from bt_ray.errors import InfrastructureError, InfrastructureFailure, StorageError
+from bt_ray.errors import BtRayError, InfrastructureError, InfrastructureFailure, StorageError
 from bt_ray.failures import Side, side_of
 from bt_ray.fingerprint import StepKey
 from bt_ray.node_disk import Scratch
@@ -126,10 +126,10 @@ def _walk(strategy: str, setup: TrialSetup, work_folder: Path, reporter: "_Repor
 
 @ray.remote
 class TestEvaluation:
-    """Evaluates the best program on the testset. An actor, because the pool takes back what a dead actor leased."""
+    """Evaluates a program on the testset. An actor, because the pool takes back what a dead actor leased."""
 
     @ray.method(max_task_retries=-1)  # type: ignore[untyped-decorator]  # as often as the actor is restarted
-    def score(self, setup: TrialSetup, best: Candidate) -> tuple[float, tuple[float, ...]]:
+    def score(self, setup: TrialSetup, best: Candidate) -> "Scores":
         """The program's score on the task's testset, in percent, and the metric's value for each example."""
         try:
             return _evaluate_on_testset(setup, best)
@@ -137,7 +137,42 @@ class TestEvaluation:
             raise InfrastructureError(str(failure)) from failure
 
 
-def _evaluate_on_testset(setup: TrialSetup, best: Candidate) -> tuple[float, tuple[float, ...]]:
+Scores = tuple[float, tuple[float, ...]]
+"""A program's score, in percent, and the metric's value for each example."""
+
+
+def tested(candidates: Mapping[str, tuple[TrialSetup, Candidate]], at_once: int) -> Iterator[tuple[str, Scores]]:
+    """The scores of candidates on the testset, by name, as they come.
+
+    Args:
+        candidates: The candidates, with their setups.
+        at_once: How many are evaluated at the same time.
+
+    Raises:
+        BtRayError: An evaluation was lost, after all others came.
+    """
+    waiting = list(candidates.items())
+    running: dict[Any, tuple[str, Any]] = {}
+    lost: BtRayError | None = None
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            name, (setup, candidate) = waiting.pop(0)
+            options = {"num_cpus": setup.config.trial.cpus, "max_restarts": setup.config.trial.max_failures}
+            evaluation = TestEvaluation.options(**options).remote()  # type: ignore[attr-defined]
+            running[evaluation.score.remote(setup, candidate)] = (name, evaluation)
+        (done,), _ = ray.wait(list(running))
+        name, _ = running.pop(done)
+        try:
+            scores: Scores = ray.get(done)
+            yield name, scores
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None)
+            lost = cause if isinstance(cause, BtRayError) else InfrastructureError(f"A test was lost: {error}")
+    if lost is not None:
+        raise lost
+
+
+def _evaluate_on_testset(setup: TrialSetup, best: Candidate) -> Scores:
     import dspy
 
     from bt_ray.kept_steps import load_state
@@ -145,9 +180,9 @@ def _evaluate_on_testset(setup: TrialSetup, best: Candidate) -> tuple[float, tup
 
     config = setup.config
     with (
-        work_folder(setup.store.storage, "trials/test") as here,
+        work_folder(setup.store.storage, f"trials/test-{setup.keys[best.prefix].key[:12]}") as here,
         _log_file(here / LOG),
-        student(setup, "test", config.num_threads) as (task, models, _),
+        student(setup, f"test of {best.prefix or 'baseline'}", config.num_threads) as (task, models, _),
     ):
         assign_versions(task.program, best.weights, best.api_models, models, setup.store.read_weights)
         load_state(task.program, setup.store.read_program(best.program))

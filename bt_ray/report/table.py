@@ -1,11 +1,12 @@
 """The table at the end of a sweep."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 
 from rich.table import Table
 from rich.text import Text
 
+from bt_ray.comparison import interval, verdict
 from bt_ray.results import Candidate, SweepResult, variant_name
 from bt_ray.strategy import length
 
@@ -19,6 +20,9 @@ def result_table(result: SweepResult) -> Table:
     for step in range(1, steps + 1):
         table.add_column(f"step {step}", justify="right")
     table.add_column("best", justify="right")
+    tested = any(trial.best is not None and trial.best.test_score is not None for trial in result.trials)
+    if tested:
+        table.add_column("on the testset", justify="right")
     table.add_column("minutes", justify="right")
     failed = any(trial.error for trial in result.trials)
     if failed:
@@ -30,7 +34,8 @@ def result_table(result: SweepResult) -> Table:
         best = percent(trial.best.score) if trial.best else "-"
         error = trial.error.splitlines()[0] if trial.error else ""
         name = trial_label(trial.strategy, variant_name(trial.settings))
-        table.add_row(Text(name), *scores, best, f"{minutes:.1f}", *([Text(error)] if failed else []))
+        test = [percent(trial.best.test_score if trial.best is not None else None, missing="-")] if tested else []
+        table.add_row(Text(name), *scores, best, *test, f"{minutes:.1f}", *([Text(error)] if failed else []))
     return table
 
 
@@ -73,9 +78,12 @@ def closing_lines(result: SweepResult) -> list[str]:
         return ["No strategy got as far as its baseline."]
     name, under = result.best.prefix or "baseline", f" with {result.best.variant}" if result.best.variant else ""
     lines = [f'Best program: "{name}"{under}, {percent(result.best.score)} on the valset.']
-    if result.test_score is not None:
-        count = len(result.test_example_scores)
-        lines.append(f"On the testset, {count} examples that no step saw, evaluated once: {percent(result.test_score)}.")
+    if (test := result.best.test_score) is not None:
+        count = len(result.best.test_example_scores)
+        within = _within(result.best.test_example_scores)
+        lines.append(f"On the testset, {count} examples that no step saw, evaluated once: {percent(test)}{within}.")
+    if (compared := verdict(result)) is not None:
+        lines.append(compared.sentence)
     if (believed := result.believed) is not None and believed.prefix != result.best.prefix:
         lines.append(
             f"That score may be luck: by what its neighbours score, the search expects more of "
@@ -98,5 +106,10 @@ def _score(candidate: Candidate | None, best: Candidate | None) -> Text:
     return Text(percent(candidate.score), style="bold green" if candidate == best else "")
 
 
-def percent(score: float | None) -> str:
-    return "not scored" if score is None else f"{score:.1f} %"
+def _within(scores: Sequence[float]) -> str:
+    found = interval(scores)
+    return f" (95 % confidence: {found.low:.0f} to {found.high:.0f} %)" if found is not None else ""
+
+
+def percent(score: float | None, missing: str = "not scored") -> str:
+    return missing if score is None else f"{score:.1f} %"

@@ -31,7 +31,10 @@ def test_each_step_is_scored_and_the_best_of_all_strategies_is_kept(settings: di
     }
     assert result.best is not None
     assert (result.best.strategy, result.best.score) == ("p -> w", 70.0), "the tie goes to the strategy given first"
-    assert result.test_score == 70.0
+    assert [trial.best and trial.best.test_score for trial in result.trials] == [70.0, 70.0]
+    assert [c.test_score for c in result.candidates].count(None) == 4, "the best of each strategy, and nothing else"
+    asked = [r["question"] for r in request_log() if 50 <= int(r["question"]) < 70]
+    assert (len(asked), len(set(asked))) == (40, 20), "each once"
     assert [trial.error for trial in result.trials] == [None, None]
     assert sum(result.best.example_scores) == 14
 

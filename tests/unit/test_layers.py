@@ -21,6 +21,7 @@ LAYERS: dict[str, set[str]] = {
     "placement": {"weights"},
     "config": {"errors", "storage"},
     "results": {"errors", "storage", "strategy"},
+    "comparison": {"results"},
     "run_lock": {"errors", "storage"},
     "node_disk": {"errors", "storage"},
     "node_weights": {"errors", "node_disk", "storage", "weights"},
@@ -74,7 +75,7 @@ LAYERS: dict[str, set[str]] = {
         "actors", "best", "cluster", "config", "errors", "events", "fingerprint", "preflight", "results", "run_directory",
         "run_lock", "search_walk", "storage", "store", "strategy", "task", "trial", "tuning",
     },
-    "report": {"events", "fingerprint", "plan", "results", "store", "strategy"},
+    "report": {"comparison", "events", "fingerprint", "plan", "results", "store", "strategy"},
     "cli": {
         "cluster", "config", "driver", "errors", "plan", "preflight", "prune", "report", "run_directory", "run_lock",
         "storage", "store",

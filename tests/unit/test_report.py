@@ -2,6 +2,7 @@
 
 import io
 import re
+from typing import Any
 
 from rich.console import Console
 
@@ -63,19 +64,20 @@ def test_in_a_terminal_a_live_table_shows_every_trial_and_server() -> None:
 
 
 def test_the_table_has_a_row_for_each_strategy_and_words_for_the_winner() -> None:
-    def candidate(prefix: str, score: float) -> Candidate:
-        return Candidate("p -> w", prefix, score, (), 0.0, 60.0, {}, "program.json")
+    def candidate(prefix: str, score: float, **test: Any) -> Candidate:
+        return Candidate("p -> w", prefix, score, (), 0.0, 60.0, {}, f"{prefix}/program.json", **test)
 
-    done = TrialResult("p -> w", (candidate("", 0.0), candidate("p", 36.0), candidate("p -> w", 96.0)))
+    test = {"test_score": 94.0, "test_example_scores": (1.0,) * 47 + (0.0,) * 3}
+    done = TrialResult("p -> w", (candidate("", 0.0), candidate("p", 36.0), candidate("p -> w", 96.0, **test)))
     failed = TrialResult("w [x]", (), "RuntimeError: no [y]\nmore", "Traceback ...")
-    result = SweepResult("/runs/x", (done, failed), 120.0, test_score=94.0, test_example_scores=(1.0,) * 50)
+    result = SweepResult("/runs/x", (done, failed), 120.0)
     output = io.StringIO()
     Console(file=output, width=120, color_system=None).print(result_table(result))
-    assert "│ p -> w   │    0.0 % │ 36.0 % │ 96.0 % │ 96.0 % │     3.0 │" in output.getvalue()
+    assert "│ p -> w   │    0.0 % │ 36.0 % │ 96.0 % │ 96.0 % │         94.0 % │     3.0 │" in output.getvalue()
     assert "RuntimeError: no [y]" in output.getvalue()
     assert closing_lines(result)[:2] == [
         'Best program: "p -> w", 96.0 % on the valset.',
-        "On the testset, 50 examples that no step saw, evaluated once: 94.0 %.",
+        "On the testset, 50 examples that no step saw, evaluated once: 94.0 % (95 % confidence: 86 to 100 %).",
     ]
     assert closing_lines(SweepResult("/runs/x", (failed,), 1.0)) == ["No strategy got as far as its baseline."]
 
