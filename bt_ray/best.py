@@ -4,7 +4,8 @@ A program is kept as DSPy's JSON state without LMs; beside it stands which weigh
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import dspy
 
 from bt_ray.config import SweepConfig, make_config
 from bt_ray.errors import BtRayError, ConfigError, TaskError
+from bt_ray.hosting import Models
 from bt_ray.kept_steps import installed_versions, load_state
 from bt_ray.lm import ServedEngine
 from bt_ray.local_models import LocalModels
 from bt_ray.node_disk import Scratch
+from bt_ray.remote_models import RemoteModels
 from bt_ray.results import Candidate
 from bt_ray.served_models import ServedModels, assign_versions, serving
 from bt_ray.storage import Storage, open_storage, parent_and_name
@@ -33,6 +36,8 @@ def keep_best(best: Candidate, storage: Storage, bases: Mapping[str, Weights], c
         "task": task,
         "strategy": best.strategy,
         "prefix": best.prefix,
+        "variant": best.variant,
+        "step": Path(best.program).parts[1],
         "score": best.score,
         "predictors": best.weights,
         "api_models": best.api_models,
@@ -48,32 +53,85 @@ def keep_best(best: Candidate, storage: Storage, bases: Mapping[str, Weights], c
         storage.upload(folder, BEST, last=MANIFEST)
 
 
-def load(folder: str | Path, task: str | TaskFunction | None = None) -> dspy.Module:
+@dataclass(frozen=True)
+class Kept:
+    """The best program of a sweep, as it lies in its run directory.
+
+    Attributes:
+        storage: The run directory.
+        name: Of the folder in it.
+        manifest: What `keep_best` wrote.
+        config: The settings that it was computed under.
+        weights: Those of its predictors with served LMs, by id.
+    """
+
+    storage: Storage
+    name: str
+    manifest: Mapping[str, Any]
+    config: SweepConfig
+    weights: Mapping[str, Weights]
+
+    @property
+    def program(self) -> bytes:
+        """DSPy's JSON state of it."""
+        return StepStore(self.storage).read_program(f"{self.name}/{PROGRAM}")
+
+
+def find_best(folder: str | Path) -> Kept:
+    """The best program of a sweep.
+
+    Args:
+        folder: A sweep's run directory, or its `best` folder: a path, or a URI of an object store.
+
+    Raises:
+        BtRayError: The folder holds no finished program, or what it refers to is gone.
+    """
+    location = str(folder) if "://" in str(folder) else str(Path(folder).expanduser().resolve())
+    storage, name = open_storage(location), BEST
+    manifest = storage.read_json(f"{name}/{MANIFEST}")
+    if manifest is None:
+        run_dir, name = parent_and_name(location)
+        storage = open_storage(run_dir)
+        manifest = storage.read_json(f"{name}/{MANIFEST}")
+    if manifest is None:
+        raise ConfigError(f"{folder} is neither a run directory with a best program nor its `best` folder.")
+    config = make_config(manifest["config"], source=f"{folder}/{MANIFEST}")
+    weights = {weights_id: _found(storage, weights_id, path) for weights_id, path in manifest["weights"].items()}
+    return Kept(storage, name, manifest, config, weights)
+
+
+def load(
+    folder: str | Path,
+    task: str | TaskFunction | None = None,
+    *,
+    served_at: str | Sequence[str] | None = None,
+    token: str | None = None,
+) -> dspy.Module:
     """The best program of a sweep, ready to answer.
 
     Its model server starts on this machine with the first request, and ends with this process, or with
     `program.predictors()[0].lm.kill()`.
 
     Args:
-        folder: A sweep's `best` folder: a path, or a URI of an object store.
+        folder: A sweep's run directory, or its `best` folder: a path, or a URI of an object store.
         task: Where the task is now, `"path/to/task.py:build"`, or its function, if it is no longer where the sweep found it:
             a job's working directory, for one, goes away with the job.
+        served_at: The address of `bt-ray serve`, or several, to be asked in place of a server of this process's own.
+        token: The token that it printed.
 
     Raises:
         BtRayError: The folder holds no finished program, or what it refers to is gone.
     """
-    run_dir, name = parent_and_name(str(folder))
-    storage = open_storage(run_dir)
-    manifest = storage.read_json(f"{name}/{MANIFEST}")
-    if manifest is None:
-        raise ConfigError(f"{folder} holds no {MANIFEST}: it is no finished `best` folder of a sweep.")
-    config = make_config(manifest["config"], source=f"{folder}/{MANIFEST}")
-    weights = {weights_id: _found(storage, weights_id, path) for weights_id, path in manifest["weights"].items()}
-    models = ServedModels(_engine(LocalModels(weights, config.server, storage), config), config)
+    kept = find_best(folder)
+    hosted: Models = LocalModels(dict(kept.weights), kept.config.server, kept.storage)
+    if served_at is not None:
+        hosted = RemoteModels([served_at] if isinstance(served_at, str) else served_at, token or "", list(kept.weights))
+    models = ServedModels(_engine(hosted, kept.config), kept.config)
     with serving(models):
-        program = _load_program(task or manifest["task"], config.args)
-    assign_versions(program, manifest["predictors"], manifest.get("api_models", {}), models, weights.__getitem__)
-    load_state(program, StepStore(storage).read_program(f"{name}/{PROGRAM}"))
+        program = _load_program(task or kept.manifest["task"], kept.config.args)
+    api_models = kept.manifest.get("api_models", {})
+    assign_versions(program, kept.manifest["predictors"], api_models, models, kept.weights.__getitem__)
+    load_state(program, kept.program)
     return program
 
 
@@ -84,7 +142,7 @@ def _load_program(task: str | TaskFunction, args: Mapping[str, Any]) -> dspy.Mod
         raise TaskError(f'{error} If the task is elsewhere now: bt_ray.load(..., task="path/to/task.py:build").') from error
 
 
-def _engine(models: LocalModels, config: SweepConfig) -> ServedEngine:
+def _engine(models: Models, config: SweepConfig) -> ServedEngine:
     return ServedEngine(
         models,
         None,

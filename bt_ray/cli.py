@@ -1,5 +1,6 @@
-"""The commands: `bt-ray check`, `plan`, `sweep`, `steps` and `prune`."""
+"""The commands of `bt-ray`."""
 
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -48,6 +49,10 @@ AddressOption = Annotated[
 
 RunDirArgument = Annotated[
     str, typer.Argument(metavar="RUN_DIR", help="A sweep's run directory: a path or a URI.", show_default=False)
+]
+BestArgument = Annotated[
+    str,
+    typer.Argument(metavar="RUN_DIR", help="A sweep's run directory, or its best/: a path or a URI.", show_default=False),
 ]
 AcceptOption = Annotated[
     bool,
@@ -188,6 +193,56 @@ def prune(
         with held(storage, typer.echo):  # a sweep may have run while the question stood
             remove(storage, found.without_what_is_needed(find_prunable(storage, only_best=only_best)))
         typer.echo("Removed.")
+
+
+@app.command()
+def serve(
+    run_dir: BestArgument,
+    host: Annotated[str, typer.Option("--host", help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="A second model gets the port after it.")] = 8000,
+) -> None:
+    """Serve the best program's model on this machine, OpenAI-compatible, until Ctrl-C. Prints the address and the token.
+
+    The token is a new one, or that in the environment variable BT_RAY_SERVE_TOKEN.
+
+    Example: bt-ray serve runs/today --port 8000
+    """
+    with _told_errors():
+        from bt_ray.best import find_best
+        from bt_ray.served_best import served_best
+
+        kept = find_best(run_dir)
+        typer.echo(f"Starting {len(kept.weights)} model server{'s' if len(kept.weights) > 1 else ''}")
+        with served_best(kept, host=host, port=port, token=os.environ.get("BT_RAY_SERVE_TOKEN")) as served:
+            for endpoint in served.endpoints:
+                typer.echo(f"model    {endpoint.weights_id}\naddress  {endpoint.url}/v1")
+            urls = [endpoint.url for endpoint in served.endpoints]
+            where = f'"{urls[0]}"' if len(urls) == 1 else json.dumps(urls)
+            typer.echo(
+                f"token    {served.token}\n\nIn Python:\n\n"
+                "import bt_ray\n"
+                f'program = bt_ray.load("{kept.storage.location}", served_at={where}, token="{served.token}")\n'
+                "print(program(...))  # with the inputs of your task\n"
+            )
+            served.keep_up(typer.echo)
+
+
+@app.command()
+def export(
+    run_dir: BestArgument,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="A folder that is not there yet.", show_default=False)],
+) -> None:
+    """Copy the best program and its model to a folder that DSPy, transformers and vLLM open without bt_ray.
+
+    With the folder come a model card, and a manifest with checksums, versions, and what the program depends on.
+
+    Example: bt-ray export runs/today --to my-program
+    """
+    with _told_errors():
+        from bt_ray.export import export as copy
+
+        exported = copy(run_dir, to)
+        typer.echo(f"{exported.folder}: {exported.size / 1e9:.2f} GB. README.md there says how to use it.")
 
 
 @app.command()

@@ -197,6 +197,10 @@ class SweepResult:
         values = open_storage(run_dir).read_json(name)
         if values is None:
             raise StorageError(f"{file} is no result of a sweep.")
+        return cls.from_json(values)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
         return cls(
             run_dir=values["run_dir"],
             trials=tuple(TrialResult.from_json(trial) for trial in values["trials"]),

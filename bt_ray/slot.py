@@ -78,19 +78,29 @@ class Slot:
         host: The address that servers listen on.
         storage: The run directory that fine-tuned weights belong to.
         keeps_records: Whether the servers' output, and what they answer, is kept there.
+        port: The port that servers listen on; 0 for a free one each.
 
     Attributes:
         change: How it came to serve what it serves.
     """
 
     def __init__(
-        self, name: str, config: ServerConfig, *, token: str, host: str, storage: Storage, keeps_records: bool = True
+        self,
+        name: str,
+        config: ServerConfig,
+        *,
+        token: str,
+        host: str,
+        storage: Storage,
+        keeps_records: bool = True,
+        port: int = 0,
     ) -> None:
         self.name = name
         self.change = Change("kept", 0.0)
         self._config = config
         self._token = token
         self._host = host
+        self._port = port
         self._scratch = Scratch(name)
         self._logs = _Logs(storage if keeps_records else None, self._scratch.folder)
         self._weights = NodeWeights(storage, self._scratch.folder)
@@ -229,7 +239,13 @@ class Slot:
             with self._door:
                 self._refuse_stopped(stops)
                 self._server = ServerProcess(
-                    loadable, self._config, token=self._token, host=self._host, log_file=log_file, temporary=temporary
+                    loadable,
+                    self._config,
+                    token=self._token,
+                    host=self._host,
+                    log_file=log_file,
+                    temporary=temporary,
+                    port=self._port,
                 )
             self._status = replace(self._status, pid=self._server.pid)
             self._server.wait_until_healthy()

@@ -103,11 +103,11 @@ class ChildProcess:
             return ""
 
 
-def open_port(host: str) -> tuple[socket.socket, int]:
-    """Bind a free TCP port of `host`, to be passed to a child. The caller closes the socket once the child has it."""
+def open_port(host: str, port: int = 0) -> tuple[socket.socket, int]:
+    """Bind a TCP port of `host`, by default a free one, for a child. The caller closes the socket once the child has it."""
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind((host, 0))
+    bound.bind((host, port))
     return bound, bound.getsockname()[1]
 
 

@@ -48,6 +48,7 @@ class ServerProcess:
         host: The address to listen on.
         log_file: Where vLLM's output is appended.
         temporary: A folder for its temporary files.
+        port: The port to listen on; 0 for a free one.
 
     Attributes:
         weights: The checkpoint that is loaded.
@@ -56,7 +57,15 @@ class ServerProcess:
     """
 
     def __init__(
-        self, weights: Weights, config: ServerConfig, *, token: str, host: str, log_file: Path, temporary: Path
+        self,
+        weights: Weights,
+        config: ServerConfig,
+        *,
+        token: str,
+        host: str,
+        log_file: Path,
+        temporary: Path,
+        port: int = 0,
     ) -> None:
         self.weights = weights
         self.adapters: dict[str, Weights] = {}
@@ -64,7 +73,7 @@ class ServerProcess:
         self._timeout_s = config.start_timeout_s
         self._drain_s = config.drain_timeout_s
         self._token = token
-        listening, port = open_port(host)
+        listening, port = open_port(host, port)
         with listening:
             self._process = ChildProcess(
                 server_command(weights, config, listening.fileno()),

@@ -51,10 +51,13 @@ LAYERS: dict[str, set[str]] = {
     "better_together": {"errors", "failures", "hosting", "lm", "results", "strategy", "task", "teachers"},
     "served_models": {"config", "errors", "lm", "weights"},
     "kept_steps": {"better_together", "errors", "failures", "fingerprint", "lm", "results", "served_models", "store"},
+    "remote_models": {"errors", "hosting", "serving", "weights"},
     "best": {
-        "config", "errors", "kept_steps", "lm", "local_models", "node_disk", "results", "served_models", "storage", "store",
-        "task", "weights",
+        "config", "errors", "hosting", "kept_steps", "lm", "local_models", "node_disk", "remote_models", "results",
+        "served_models", "storage", "store", "task", "weights",
     },
+    "served_best": {"best", "child", "errors", "serving", "slot", "weights"},
+    "export": {"best", "errors", "node_disk", "node_weights", "results", "run_directory", "weights"},
     "prune": {"best", "run_directory", "storage", "training", "trainings", "weights"},
     "preflight": {
         "config", "errors", "fingerprint", "hosting", "lm", "run_directory", "served_models", "space", "strategy",
@@ -77,8 +80,8 @@ LAYERS: dict[str, set[str]] = {
     },
     "report": {"comparison", "events", "fingerprint", "plan", "results", "store", "strategy"},
     "cli": {
-        "cluster", "config", "driver", "errors", "plan", "preflight", "prune", "report", "run_directory", "run_lock",
-        "storage", "store",
+        "best", "cluster", "config", "driver", "errors", "export", "plan", "preflight", "prune", "report", "run_directory",
+        "run_lock", "served_best", "storage", "store",
     },
     "__init__": {"best", "config", "driver", "errors", "results", "served_models", "task", "teachers"},
 }  # fmt: skip

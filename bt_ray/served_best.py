@@ -1,0 +1,92 @@
+"""The best program's models behind OpenAI-compatible addresses, for as long as somebody wants them."""
+
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+from bt_ray.best import Kept
+from bt_ray.child import open_port
+from bt_ray.errors import ConfigError
+from bt_ray.serving.server import Endpoint
+from bt_ray.slot import Slot
+from bt_ray.weights import Weights
+
+LOOK_S = 1.0
+"""Seconds between two looks at whether the servers are alive."""
+
+
+@dataclass(frozen=True)
+class ServedBest:
+    """The models of a program, served.
+
+    Attributes:
+        endpoints: Where each is answered.
+        token: What requests must bear.
+    """
+
+    endpoints: tuple[Endpoint, ...]
+    token: str = field(repr=False)
+    _slots: tuple[tuple[Slot, Weights], ...]
+
+    def keep_up(self, tell: Callable[[str], None]) -> None:
+        """Start a server again that died or hangs, at the same address; returns never.
+
+        Raises:
+            BtRayError: One did not start again.
+        """
+        while True:
+            time.sleep(LOOK_S)
+            for slot, weights in self._slots:
+                status = slot.status()
+                if status.state == "dead":
+                    tell(f"The server of {weights.id} is started again: {status.detail}")
+                    slot.serve(weights)
+
+
+@contextmanager
+def served_best(kept: Kept, *, host: str, port: int, token: str | None = None) -> Iterator[ServedBest]:
+    """Serve what the program's predictors ask, one server for each model, until the context ends.
+
+    Args:
+        kept: The program.
+        host: The address to listen on.
+        port: The port of the first server; others have the ports after it.
+        token: What requests must bear; default: a new one.
+
+    Raises:
+        ConfigError: The program has no model to serve, or a port is taken.
+        BtRayError: A server did not start.
+    """
+    if not kept.weights:
+        raise ConfigError("All models of this program are APIs': there is none to serve.")
+    token = token or secrets.token_urlsafe(32)
+    endpoints, slots = [], []
+    for number in range(len(kept.weights)):
+        _refuse_taken(host, port + number)
+    with ExitStack() as opened:
+        for number, weights in enumerate(kept.weights.values()):
+            slot = Slot(
+                f"serve-{number + 1}",
+                kept.config.server,
+                token=token,
+                host=host,
+                storage=kept.storage,
+                keeps_records=False,
+                port=port + number,
+            )
+            opened.callback(slot.close)
+            slots.append((slot, weights))
+            endpoints.append(slot.serve(weights))
+        yield ServedBest(tuple(endpoints), token, tuple(slots))
+
+
+def _refuse_taken(host: str, port: int) -> None:
+    try:
+        bound, _ = open_port(host, port)
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, socket.gaierror | OSError) else "it is no port"
+        raise ConfigError(f"{host}:{port} cannot be listened on ({reason}). Name another with --host and --port.") from None
+    bound.close()
