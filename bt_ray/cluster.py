@@ -5,7 +5,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -103,6 +103,21 @@ def opened_pool(config: SweepConfig, run_dir: str, needed: int, own: bool, tell:
         yield pool
     finally:
         _close(pool)
+
+
+@contextmanager
+def step_claims(committed: Collection[str], first_fence: int) -> Iterator[Any]:
+    """Who decides which trial computes a step. Ends with the sweep, also where Ray and the driver go on."""
+    import ray
+
+    from bt_ray.actors.step_claims import StepClaims
+
+    claims = StepClaims.remote(committed, first_fence)  # type: ignore[attr-defined]
+    try:
+        yield claims
+    finally:
+        with contextlib.suppress(Exception):  # the connection may be gone already, and with it the actor
+            ray.kill(claims)
 
 
 def _await_placement(pool: Any, count: int, tell: Listener) -> None:

@@ -7,6 +7,7 @@ were two programs equally good, each difference would as likely have the other s
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,19 +72,24 @@ def p_value(differences: Scores, seed: int = 0) -> float:
     It is exact where all differences that are not 0 have one size, as with metrics that are right or wrong: then it is
     McNemar's test. Otherwise the signs are flipped at random, which never gives less than one in `RESAMPLES + 1`.
     """
-    from scipy.stats import binomtest
-
     values = np.asarray(differences, dtype=float)
     values = values[values != 0]
     if not len(values):
         return 1.0
     sizes = np.abs(values)
     if np.allclose(sizes, sizes[0], rtol=1e-9, atol=0):
-        return float(binomtest(int((values > 0).sum()), len(values)).pvalue)
+        return _sign_test(int((values > 0).sum()), len(values))
     signs = np.random.default_rng(seed).choice(np.array([-1.0, 1.0]), size=(RESAMPLES, len(values)))
     observed = abs(values.sum())
     as_large = int((np.abs(signs @ values) >= observed * (1 - 1e-12)).sum())
     return (as_large + 1) / (RESAMPLES + 1)
+
+
+@lru_cache(maxsize=4096)
+def _sign_test(positive: int, of: int) -> float:
+    from scipy.stats import binomtest
+
+    return float(binomtest(positive, of).pvalue)
 
 
 def corrected(p_values: Sequence[float], *, tests: int | None = None) -> list[float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bt_ray.best import keep_best
-from bt_ray.cluster import Listener, cause_of, connected, opened_pool, watched
+from bt_ray.cluster import Listener, cause_of, connected, opened_pool, step_claims, watched
 from bt_ray.config import StrategySearch, SweepConfig, make_config, with_absolute_paths
 from bt_ray.errors import ConfigError, InfrastructureError, TaskError
 from bt_ray.events import Stage, StepFinished, TrialEnded, TrialWaits
@@ -118,8 +118,8 @@ class _Sweep:
             if not self.untested(result):
                 self.keep(result)
                 return result
-        with connected(address, self.tell) as own, self.pool(own) as pool:
-            setups = self.setups(pool, done, first_fence)
+        with connected(address, self.tell) as own, self.pool(own) as pool, step_claims(done, first_fence) as claims:
+            setups = self.setups(pool, claims)
             with watched(pool, self.store.storage, self.tell) if pool is not None else nullcontext():
                 errors = {} if complete else self.computed(finished, setups)
                 result = self.with_known_tests(self.gathered(errors))
@@ -162,12 +162,10 @@ class _Sweep:
             return nullcontext()
         return opened_pool(self.config, self.run_dir, self.checked.models_at_once, own, self.tell)
 
-    def setups(self, pool: Any, committed: set[str], first_fence: int) -> "dict[str, TrialSetup]":
+    def setups(self, pool: Any, claims: Any) -> "dict[str, TrialSetup]":
         """What trials need to know, by variant."""
-        from bt_ray.actors.step_claims import StepClaims
         from bt_ray.trial import TrialSetup
 
-        claims = StepClaims.remote(committed, first_fence)  # type: ignore[attr-defined]
         variants = self.checked.variants.items()
         return {
             name: TrialSetup(checked.config, self.task, self.run_dir, checked.keys, pool, claims)

@@ -67,8 +67,10 @@ def running(tmp_path: Path, settings: dict[str, Any]) -> Any:
     sweep.driver.wait(20)
 
 
-@pytest.mark.parametrize("phase", ["serving", "training"])
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+# SIGKILL: test_resume.py
+@pytest.mark.parametrize(
+    ("how", "phase"), [(signal.SIGINT, "serving"), (signal.SIGINT, "training"), (signal.SIGTERM, "training")]
+)
 def test_the_drivers_end_is_the_end_of_all(running: RunningSweep, phase: str, how: signal.Signals) -> None:
     running.await_phase(phase)
     running.driver.send_signal(how)

@@ -1,11 +1,13 @@
 """Whole sweeps on a real Ray with scripted servers and trainers, whose scores are known in advance."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SUPPORT
+from conftest import MARK, SUPPORT
+from support.processes import MarkedProcesses, wait_for
 
 import bt_ray
 
@@ -63,6 +65,13 @@ def test_the_run_directory_holds_the_result_and_a_best_program_that_answers(sett
     assert program(question="number 26").answer == "52", "skill 5 and two demos answer 6"
     assert program(question="number 27").answer == "wrong"
     program.lm.kill()
+
+
+def test_a_sweep_leaves_no_actor_to_a_ray_that_goes_on(settings: dict[str, Any]) -> None:
+    sweep(settings, strategies=["p"])
+    processes = MarkedProcesses(os.environ[MARK])
+    actors = ("ray::StepClaims", "ray::ServerPool", "ray::ModelServer", "ray::TestEvaluation", "ray::ImplicitFunc")
+    wait_for("the sweep's actors to be gone", lambda: not processes.named(*actors), 30)
 
 
 def test_a_failed_step_ends_its_strategy_with_the_best_so_far_and_the_others_go_on(settings: dict[str, Any]) -> None:

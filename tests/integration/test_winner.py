@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +54,9 @@ class Serving:
             return re.findall(r"## answer ## \]\]\n(\w+)", answer.choices[0].message.content or "")[0]
 
 
-@contextmanager
-def serving(run_dir: Path) -> Iterator[Serving]:
+@pytest.fixture(scope="module")
+def served(run_dir: Path) -> Iterator[Serving]:
+    """`bt-ray serve`, until Ctrl-C, which leaves nothing."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -74,26 +74,26 @@ def serving(run_dir: Path) -> Iterator[Serving]:
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
+    wait_for("its processes to be gone", lambda: not processes.all(), 20)
 
 
-def test_the_winner_is_served_to_whoever_has_the_token(run_dir: Path) -> None:
-    with serving(run_dir) as served:
-        assert [served.ask(number) for number in (24, 25)] == ["48", "wrong"], "skill 5"
-        with pytest.raises(openai.AuthenticationError):
-            served.ask(24, token="another")
-        assert served.model == next(iter(find_best(run_dir).weights))
+def test_the_winner_is_served_to_whoever_has_the_token(run_dir: Path, served: Serving) -> None:
+    assert [served.ask(number) for number in (24, 25)] == ["48", "wrong"], "skill 5"
+    with pytest.raises(openai.AuthenticationError):
+        served.ask(24, token="another")
+    assert served.model == next(iter(find_best(run_dir).weights))
 
-        program = bt_ray.load(run_dir, served_at=served.address, token=served.token)
-        assert [program(question=f"number {number}").answer for number in NUMBERS] == ANSWERS
-        with pytest.raises(bt_ray.BtRayError, match="takes this token"):
-            bt_ray.load(run_dir, served_at=served.address, token="another")
 
-        (server,) = served.processes.running("scripted_server.py")
-        server.kill()
-        program.lm.cache = False
-        assert program(question="number 26").answer == "52", "the server is started again at the same address"
-        assert served.processes.models()
-    wait_for("its processes to be gone", lambda: not served.processes.all(), 20)
+def test_a_program_asks_a_server_that_somebody_else_runs_and_that_is_kept_up(run_dir: Path, served: Serving) -> None:
+    program = bt_ray.load(run_dir, served_at=served.address, token=served.token)
+    assert [program(question=f"number {number}").answer for number in NUMBERS] == ANSWERS
+    with pytest.raises(bt_ray.BtRayError, match="takes this token"):
+        bt_ray.load(run_dir, served_at=served.address, token="another")
+
+    (server,) = served.processes.running("scripted_server.py")
+    server.kill()
+    program.lm.cache = False
+    assert program(question="number 26").answer == "52", "the server is started again at the same address"
 
 
 def test_a_port_that_is_taken_is_told_before_anything_starts(run_dir: Path) -> None:
@@ -123,7 +123,7 @@ print(json.dumps([program(question=f"number {number}").answer for number in (26,
 """
 
 
-def test_the_export_answers_without_bt_ray_as_the_winner_does(run_dir: Path, tmp_path: Path) -> None:
+def test_the_export_answers_without_bt_ray_as_the_winner_does(run_dir: Path, served: Serving, tmp_path: Path) -> None:
     told = CliRunner().invoke(app, ["export", str(run_dir), "--to", str(tmp_path / "out")])
     assert told.exit_code == 0, told.output
     folder = tmp_path / "out"
@@ -142,9 +142,8 @@ def test_the_export_answers_without_bt_ray_as_the_winner_does(run_dir: Path, tmp
     assert "| `w -> p` |" in card
     assert "70.0 % of 20 examples" in card
 
-    with serving(run_dir) as served:
-        command = [sys.executable, "-c", LOADED_WITHOUT_BT_RAY, str(folder), served.address, served.model, served.token]
-        said = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    command = [sys.executable, "-c", LOADED_WITHOUT_BT_RAY, str(folder), served.address, served.model, served.token]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert said.returncode == 0, said.stderr
     assert json.loads(said.stdout.splitlines()[-1]) == ANSWERS
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import bootstrap, permutation_test
 from statsmodels.stats.contingency_tables import mcnemar
@@ -49,6 +49,7 @@ def test_programs_that_answer_alike_have_nothing_between_them() -> None:
     assert p_value([0.0] * 20) == 1.0
 
 
+@settings(max_examples=25, deadline=None)  # statsmodels takes its time
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
 def test_the_correction_is_holms(p_values: list[float]) -> None:
     assert corrected(p_values) == pytest.approx(multipletests(p_values, method="holm")[1].tolist())
