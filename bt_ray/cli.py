@@ -65,6 +65,22 @@ EXIT_WRONG_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
 
 
 @app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; made if it is not there.", show_default=False)],
+) -> None:
+    """Write a starting task that runs: task.py, examples.jsonl and sweep.toml, commented, to be changed into your own.
+
+    Example: bt-ray init my
+    """
+    with _told_errors():
+        from bt_ray.starter import write_starter
+
+        for written in write_starter(folder):
+            typer.echo(written)
+        typer.echo(f"Edit what is marked EDIT in {folder / 'sweep.toml'}, then: bt-ray check {folder / 'sweep.toml'}")
+
+
+@app.command()
 def check(
     file: TomlArgument,
     strategy: StrategyOption = None,
@@ -161,6 +177,34 @@ def steps(run_dir: RunDirArgument) -> None:
 
         keys, finished = read_steps(_existing(run_dir))
         Console().print(step_tree(keys, finished), soft_wrap=True)
+
+
+@app.command()
+def status(
+    run_dir: RunDirArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for a program.")] = False,
+) -> None:
+    """Say what a sweep is doing: its trials, steps and servers, what waits for what, and what is left.
+
+    From any machine that reaches the run directory; the sweep need not be asked.
+
+    Example: bt-ray status s3://bucket/runs/today
+    """
+    console = Console()
+    with _told_errors():
+        from bt_ray.report.state import headline, server_table, trial_table
+        from bt_ray.status import read_status
+
+        read = read_status(_existing(run_dir))
+        if as_json:
+            typer.echo(json.dumps(read.to_json(), indent=2))
+            return
+        console.print(headline(read.state, read.now), markup=False, highlight=False, soft_wrap=True)
+        for line in read.lines:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print("", trial_table(read.state, read.now), sep="\n")
+        if read.state.servers:
+            console.print("", server_table(read.state), sep="\n")
 
 
 @app.command()

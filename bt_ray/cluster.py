@@ -12,7 +12,7 @@ from typing import Any
 from bt_ray.config import SweepConfig
 from bt_ray.errors import ResourcesError
 from bt_ray.event_log import EventLog
-from bt_ray.events import Event, ServerChanged, ServerDid, ServerReplaced, Stage
+from bt_ray.events import Connected, Event, ServerChanged, ServerDid, ServerReplaced, Stage
 from bt_ray.preflight import check_resources, inside_job
 from bt_ray.storage import Storage
 
@@ -48,7 +48,7 @@ def connected(address: str | None, tell: Listener) -> Iterator[bool]:
         return
     tell(Stage("Starting Ray on this machine" if own else f"Connecting to the Ray cluster {address or ''}".strip()))
     try:
-        ray.init(
+        context = ray.init(
             address="local" if own else (address or "auto"),
             include_dashboard=False if own else None,
             log_to_driver=False,
@@ -58,6 +58,7 @@ def connected(address: str | None, tell: Listener) -> Iterator[bool]:
     except ConnectionError as error:
         raise ResourcesError(f"No Ray cluster at {address or 'auto'}: {error}") from None
     try:
+        tell(Connected(f"http://{context.dashboard_url}" if context.dashboard_url else ""))
         yield own
     finally:
         ray.shutdown()

@@ -13,13 +13,14 @@ from bt_ray.best import keep_best
 from bt_ray.cluster import Listener, cause_of, connected, opened_pool, step_claims, watched
 from bt_ray.config import StrategySearch, SweepConfig, make_config, with_absolute_paths
 from bt_ray.errors import ConfigError, InfrastructureError, TaskError
-from bt_ray.events import Stage, StepFinished, TrialEnded, TrialWaits
+from bt_ray.events import Event, Stage, StepFinished, TrialEnded, TrialWaits
 from bt_ray.fingerprint import digest
 from bt_ray.preflight import CheckedSweep, check_sweep, inside_job
 from bt_ray.results import Candidate, StepFailure, SweepResult, TrialResult
 from bt_ray.run_directory import RESULT, prepare_run_directory
 from bt_ray.run_lock import held
 from bt_ray.search_walk import SearchWalk
+from bt_ray.state import StatusFile
 from bt_ray.storage import open_storage
 from bt_ray.store import FinishedStep, StepStore
 from bt_ray.strategy import BASELINE, parent, prefixes, start_order
@@ -82,10 +83,17 @@ def run_sweep(
     if build is not None:
         _check_travels(build)
     checked = check_sweep(config, run_dir, accept_changes=accept_changes, build=build)
-    with held(open_storage(run_dir), lambda text: tell(Stage(text))) as drivers:
-        sweep = _Sweep(config, run_dir, checked, tell, build or portable_task(config.task))
-        prepare_run_directory(sweep.store.storage, config, checked.keys)
-        return sweep.run(address, first_fence=drivers * CLAIMS_PER_DRIVER)
+    storage = open_storage(run_dir)
+    with held(storage, lambda text: tell(Stage(text))) as drivers:
+        prepare_run_directory(storage, config, checked.keys)
+        with StatusFile(storage).kept() as status:
+
+            def tell_all(event: Event) -> None:
+                status.note(event)
+                tell(event)
+
+            sweep = _Sweep(config, run_dir, checked, tell_all, build or portable_task(config.task))
+            return sweep.run(address, first_fence=drivers * CLAIMS_PER_DRIVER)
 
 
 class _Sweep:

@@ -13,6 +13,13 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Connected:
+    """The driver is connected to a Ray cluster, whose dashboard is at this URL; `""` if it has none."""
+
+    dashboard: str
+
+
+@dataclass(frozen=True)
 class TrialWaits:
     """A trial will be run: of `strategy`, under the `variant` of the settings that it names (`""` without a space)."""
 
@@ -137,4 +144,6 @@ def event_line(event: Recorded) -> dict[str, Any]:
     return {"kind": kind, **{name: value for name, value in asdict(event).items() if value not in (None, "")}}
 
 
-Event = Stage | TrialWaits | TrialStarted | StepFinished | TrialLost | TrialEnded | ServerChanged | ServerReplaced
+Event = (
+    Stage | Connected | TrialWaits | TrialStarted | StepFinished | TrialLost | TrialEnded | ServerChanged | ServerReplaced
+)

@@ -61,7 +61,7 @@ def export(folder: str | Path, to: str | Path) -> Exported:
         files = {str(file.relative_to(part)): _sha256(file) for file in sorted(part.rglob("*")) if file.is_file()}
         manifest = {"format": FORMAT, **_lineage(kept), "models": models, "files": files}
         (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        (part / CARD).write_text(_card(manifest, kept.weights))
+        (part / CARD).write_text(_card(target.name, manifest, kept.weights))
         size = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
         if target.exists():
             target.rmdir()
@@ -130,7 +130,7 @@ A DSPy program with the model that it was optimized for, found by a sweep of Bet
 | | |
 |---|---|
 | strategy | `$strategy` |
-| score on the valset | $score |
+| score on the valset, which picked it | $score |
 | score on the testset | $test |
 | seed | $seed |
 | task | `$task` |
@@ -160,7 +160,7 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("$model"), AutoTokenizer
 """)
 
 
-def _card(manifest: Mapping[str, Any], weights: Mapping[str, Weights]) -> str:
+def _card(name: str, manifest: Mapping[str, Any], weights: Mapping[str, Weights]) -> str:
     models: dict[str, str] = manifest["models"]
     first = next(iter(models.values()), "MODEL")
     sampling = manifest["sampling"]
@@ -173,7 +173,7 @@ def _card(manifest: Mapping[str, Any], weights: Mapping[str, Weights]) -> str:
     if adapters:
         several += f"\nA LoRA adapter is loaded onto its base: {', '.join(f'`{models[name]}`' for name in adapters)}.\n"
     return CARD_TEXT.substitute(
-        name=manifest["task"].rpartition(":")[2],
+        name=name,
         base=f"base_model: {hub[0]}\n" if hub else "",
         strategy=manifest["prefix"] or "baseline",
         score=_percent(manifest["score"], manifest.get("validation_examples")),

@@ -2,16 +2,15 @@
 
 import threading
 import time
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from bt_ray.events import (
+    Connected,
     Event,
     ServerChanged,
     ServerReplaced,
@@ -20,26 +19,13 @@ from bt_ray.events import (
     TrialEnded,
     TrialLost,
     TrialStarted,
-    TrialWaits,
 )
-from bt_ray.report.table import errors_in_words, percent, trial_label
-from bt_ray.strategy import prefixes
+from bt_ray.report.state import server_table, trial_table
+from bt_ray.report.table import errors_in_words, percent
+from bt_ray.state import OfATrial, SweepState
 
-_OfATrial = TrialWaits | TrialStarted | StepFinished | TrialLost | TrialEnded
 TRAINING_LINES_S = 30
 """Seconds between two lines about one training, where there is no live table."""
-
-
-@dataclass
-class _Row:
-    strategy: str
-    state: str = "waiting"
-    step_started: float = 0.0
-    scores: list[str] = field(default_factory=list)
-
-    def running(self, prefix: str | None) -> None:
-        self.state = "finishing" if prefix is None else f"step {prefix or 'baseline'}"
-        self.step_started = time.time()
 
 
 class Progress:
@@ -48,10 +34,7 @@ class Progress:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._lock = threading.Lock()
-        self._started = time.time()
-        self._stage = ""
-        self._rows: dict[str, _Row] = {}
-        self._servers: dict[int, ServerChanged] = {}
+        self._state = SweepState()
         self._told_training: dict[int, float] = {}
         live = console.is_terminal
         self._live = (
@@ -70,44 +53,15 @@ class Progress:
     def __call__(self, event: Event) -> None:
         with self._lock:
             line = "" if self._is_small_news(event) else self._line(event)
-            self._note(event)
+            self._state.note(event)
             if line and (self._live is None or isinstance(event, StepFinished | TrialLost | ServerReplaced)):
                 self._console.print(f"[{self._clock()}] {line}", highlight=False, markup=False, soft_wrap=True)
-
-    def _note(self, event: Event) -> None:
-        match event:
-            case Stage(text):
-                self._stage = text
-            case TrialWaits():
-                self._row(event)
-            case TrialStarted():
-                self._row(event).scores = []
-                self._row(event).running("")
-            case StepFinished(strategy, prefix, score):
-                steps = prefixes(strategy)
-                position = steps.index(prefix) + 1 if prefix else 0
-                self._row(event).scores.append(percent(score))
-                self._row(event).running(steps[position] if position < len(steps) else None)
-            case TrialLost():
-                self._row(event).state = "lost, runs again"
-            case TrialEnded(_, error):
-                self._row(event).state = f"ended early: {error}" if error else "done"
-            case ServerChanged(server, "gone"):
-                self._servers.pop(server, None)
-            case ServerChanged(server):
-                self._servers[server] = event
-            case ServerReplaced():
-                pass
-
-    def _row(self, event: _OfATrial) -> _Row:
-        name = trial_label(event.strategy, event.variant)
-        return self._rows.setdefault(name, _Row(name))
 
     def _is_small_news(self, event: Event) -> bool:
         """Whether `event` is only a training's next step, too soon after the last one told to be a line of its own."""
         if not isinstance(event, ServerChanged):
             return False
-        before = self._servers.get(event.server)
+        before = self._state.servers.get(event.server)
         goes_on = before is not None and before.state == event.state == "training"
         if goes_on and time.time() - self._told_training[event.server] < TRAINING_LINES_S:
             return True
@@ -115,11 +69,12 @@ class Progress:
         return False
 
     def _line(self, event: Event) -> str:
+        line = ""
         match event:
             case Stage(text):
                 line = text
-            case TrialWaits():
-                line = ""
+            case Connected(dashboard):
+                line = f"Ray's dashboard: {dashboard}" if dashboard else ""
             case TrialStarted():
                 line = f"{_named(event)}: started"
             case StepFinished(_, prefix, score, best_score, seconds, loaded, _, errors):
@@ -140,25 +95,14 @@ class Progress:
         return line
 
     def _clock(self) -> str:
-        minutes, seconds = divmod(int(time.time() - self._started), 60)
+        minutes, seconds = divmod(int(time.time() - self._state.started), 60)
         return f"{minutes:3d}:{seconds:02d}"
 
     def _render(self) -> RenderableType:
         with self._lock:
-            trials = Table(box=None, pad_edge=False)
-            for column in ("strategy", "scores so far", "now", "for"):
-                trials.add_column(column)
-            for row in self._rows.values():
-                running = row.state.startswith("step")
-                lasted = f"{time.time() - row.step_started:.0f} s" if running else ""
-                trials.add_row(*map(Text, (row.strategy, ", ".join(row.scores), row.state, lasted)))
-            servers = Table(box=None, pad_edge=False)
-            for column in ("server", "state", "weights", "held by", "progress"):
-                servers.add_column(column)
-            for index, seen in sorted(self._servers.items()):
-                servers.add_row(*map(Text, (str(index), seen.state, seen.weights_id or "", seen.holder or "", seen.detail)))
-            return Group(Text(f"[{self._clock()}] {self._stage}"), trials, "", servers)
+            stage = Text(f"[{self._clock()}] {self._state.stage}")
+            return Group(stage, trial_table(self._state), "", server_table(self._state))
 
 
-def _named(event: _OfATrial) -> str:
+def _named(event: OfATrial) -> str:
     return f'strategy "{event.strategy}"{f" [{event.variant}]" if event.variant else ""}'
