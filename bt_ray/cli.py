@@ -203,7 +203,7 @@ def status(
         for line in read.lines:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         console.print("", trial_table(read.state, read.now), sep="\n")
-        if read.state.servers:
+        if read.state.servers and read.state.ended is None:
             console.print("", server_table(read.state), sep="\n")
 
 

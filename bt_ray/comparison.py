@@ -56,9 +56,9 @@ def interval(scores: Scores, seed: int = 0) -> Interval | None:
         seed: Of the resampling.
 
     Returns:
-        None for less than two examples.
+        None where all scores are alike, or there is one: resampling them tells nothing.
     """
-    if len(scores) < 2:
+    if len(set(scores)) < 2:
         return None
     values = np.asarray(scores, dtype=float)
     drawn = np.random.default_rng(seed).integers(0, len(values), size=(RESAMPLES, len(values)))

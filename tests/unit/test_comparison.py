@@ -27,8 +27,9 @@ def test_the_interval_is_scipys(scores: list[float]) -> None:
     assert (ours.low, ours.high) == pytest.approx((100 * theirs.low, 100 * theirs.high), abs=1.0)
 
 
-def test_there_is_no_interval_for_one_example() -> None:
+def test_scores_that_are_all_alike_have_no_interval() -> None:
     assert interval([1.0]) is None
+    assert interval([1.0] * 50) is None
 
 
 @pytest.mark.parametrize("examples", [12, 200])
