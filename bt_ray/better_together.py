@@ -237,7 +237,7 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
             return None
         evaluate = dspy.Evaluate(
             devset=valset,
-            metric=self._told(self.metric),
+            metric=told(self.metric, self._latch, self._example_errors),
             num_threads=num_threads,
             max_errors=max_errors,
             display_table=False,
@@ -246,26 +246,12 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         )
         try:
             with dspy.context(lm=self._ambient_lm):  # a metric that asks a model must not be judged by the student
-                result = evaluate(self._told(program))
+                result = evaluate(told(program, self._latch, self._example_errors))
         except Exception as error:
             self._latch.check()
             raise _stopped_evaluation(error, max_errors) from error
         self._example_scores = tuple(float(example_score) for _, _, example_score in result.results)
         return float(result.score)
-
-    def _told(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """`call`, whose lost answers reach the step: DSPy would score the example 0 for them."""
-
-        def told(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return call(*args, **kwargs)
-            except Exception as error:
-                if is_lost_answer(error):
-                    raise self._latch.trip(error) from error
-                self._example_errors.append(one_line(error))
-                raise
-
-        return told
 
     def _outcome(self, prefix: str, program: dspy.Module, score: float | None, started: float) -> StepOutcome:
         """What a step gave whose program was evaluated last."""
@@ -302,6 +288,24 @@ class LostAnswers(BaseCallback):  # type: ignore[misc]
             self._latch.trip(exception)
 
     on_lm_start, on_lm_end = on_module_start, on_module_end
+
+
+def told(call: Callable[..., Any], latch: FailureLatch, errors: list[str]) -> Callable[..., Any]:
+    """A program or a metric for an evaluation, whose lost answers reach the latch: DSPy would score the example 0 for them.
+
+    What else it raises, for which the example scores 0, is added to `errors`.
+    """
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        except Exception as error:
+            if is_lost_answer(error):
+                raise latch.trip(error) from error
+            errors.append(one_line(error))
+            raise
+
+    return called
 
 
 def refuse_optimizer_that_mixes_lms(optimizer: Teleprompter, student: dspy.Module) -> None:

@@ -109,18 +109,18 @@ def corrected(p_values: Sequence[float], *, tests: int | None = None) -> list[fl
     return given
 
 
-def compared(winner: Scores, others: Mapping[str, Scores], *, picked_by_these: bool) -> dict[str, Compared]:
+def compared(winner: Scores, others: Mapping[str, Scores], *, picked_from: int | None = None) -> dict[str, Compared]:
     """The winner against each of the others.
 
     Args:
         winner: Its score for each example.
         others: Those of the others, for the same examples, by name.
-        picked_by_these: Whether these examples chose the winner, so that it may be ahead by luck.
+        picked_from: The number of programs that these very examples picked the winner from, so that it may be ahead by luck;
+            None if others did.
     """
     mine: NDArray[np.float64] = np.asarray(winner, dtype=float)
     differences = {name: mine - np.asarray(theirs, dtype=float) for name, theirs in others.items()}
-    programs = len(others) + 1
-    tests = programs * (programs - 1) // 2 if picked_by_these else None
+    tests = None if picked_from is None else picked_from * (picked_from - 1) // 2
     p_values = corrected([p_value(each.tolist()) for each in differences.values()], tests=tests)
     return {
         name: Compared(100 * float(each.mean()), int((each > 0).sum()), int((each < 0).sum()), p)
@@ -179,6 +179,8 @@ def verdict(result: SweepResult) -> Verdict | None:
     others = [other for other in others if len(scores(other)) == len(mine)]
     if not others or not mine:
         return None
-    against = compared(mine, {other.program: scores(other) for other in others}, picked_by_these=not on_testset)
+    candidates = len({candidate.program for candidate in result.candidates})
+    picked_from = None if on_testset else candidates
+    against = compared(mine, {other.program: scores(other) for other in others}, picked_from=picked_from)
     ranked = sorted(others, key=lambda other: other.rank_key)
     return Verdict(on_testset, len(mine), winner, tuple((other, against[other.program]) for other in ranked))

@@ -175,6 +175,7 @@ def tested(candidates: Mapping[str, tuple[TrialSetup, Candidate]], at_once: int)
 def _evaluate_on_testset(setup: TrialSetup, best: Candidate) -> Scores:
     import dspy
 
+    from bt_ray.better_together import told
     from bt_ray.kept_steps import load_state
     from bt_ray.served_models import assign_versions
 
@@ -189,10 +190,10 @@ def _evaluate_on_testset(setup: TrialSetup, best: Candidate) -> Scores:
         with dspy.context(**_dspy_settings(config)):
             result = dspy.Evaluate(
                 devset=list(task.testset or ()),
-                metric=task.metric,
+                metric=told(task.metric, models.engine.latch, []),
                 num_threads=config.num_threads,
                 max_errors=len(task.testset or ()) + 1,
-            )(task.program)
+            )(told(task.program, models.engine.latch, []))
         models.engine.latch.check()
         return float(result.score), tuple(float(score) for _, _, score in result.results)
 

@@ -9,6 +9,7 @@ from support.api_server import KEY
 from support.running_api import Api, running_api
 
 import bt_ray
+from bt_ray.events import Stage
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -43,6 +44,18 @@ def test_a_sweep_on_an_api_needs_no_model_and_no_server(settings: dict[str, Any]
 
     best = bt_ray.load(Path(settings["run_dir"]) / "best")
     assert (best(question="number 25").answer, best(question="number 26").answer) == ("50", "wrong")
+
+
+def test_an_api_that_is_gone_is_no_score_of_0_on_the_testset(settings: dict[str, Any], api: Api) -> None:
+    def listener(event: Any) -> None:
+        if isinstance(event, Stage) and "on the testset" in event.text:
+            api.process.kill()
+            api.process.wait()
+
+    with pytest.raises(bt_ray.BtRayError, match="Connection refused"):
+        bt_ray.sweep(f"{api.tasks}:prompts_alone", without_model(settings, "p"), listener=listener)
+    kept = bt_ray.SweepResult.read(Path(settings["run_dir"]) / "result.json")
+    assert [(candidate.score, candidate.test_score) for candidate in kept.candidates] == [(60.0, None), (40.0, None)]
 
 
 def test_a_model_is_asked_for_where_a_predictor_has_no_lm(settings: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ class Api:
 
     tasks: Path
     log_file: Path
+    process: subprocess.Popen[bytes]
 
     def log(self) -> list[dict[str, Any]]:
         """What it was asked so far."""
@@ -43,7 +44,7 @@ def running_api(folder: Path, *tasks: str, server: str = "api_server.py") -> Ite
     process = subprocess.Popen([sys.executable, str(SUPPORT / server), str(port), str(log_file)])
     try:
         wait_for("the API", port.exists)
-        yield Api(folder / tasks[0], log_file)
+        yield Api(folder / tasks[0], log_file, process)
     finally:
         process.kill()
         process.wait()

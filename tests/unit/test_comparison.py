@@ -58,29 +58,29 @@ def test_the_correction_is_holms(p_values: list[float]) -> None:
 
 def test_a_winner_that_the_examples_chose_must_be_further_ahead() -> None:
     winner, others = [1.0] * 30, {"second": [1.0] * 20 + [0.0] * 10, "third": [1.0] * 22 + [0.0] * 8}
-    fresh, chosen = (compared(winner, others, picked_by_these=picked) for picked in (False, True))
+    fresh, chosen = (compared(winner, others, picked_from=programs) for programs in (None, 3))
     assert (fresh["second"].difference, fresh["second"].wins, fresh["second"].losses) == (pytest.approx(100 / 3), 10, 0)
     for name in others:
         assert chosen[name].p_value == pytest.approx(1.5 * fresh[name].p_value), "three pairs in place of two"
 
 
-def sweep_of(programs: list[tuple[list[float], list[float]]]) -> SweepResult:
-    """A finished sweep, of programs with these scores on the valset and the testset."""
-    trials = []
+def sweep_of(programs: list[tuple[list[float], list[float]]], steps: int = 1) -> SweepResult:
+    """A finished sweep, of programs with these scores on valset and testset; the first strategy has so many steps."""
+    candidates = []
     for number, (val, test) in enumerate(programs):
         score, test_score = 100 * float(np.mean(val)), 100 * float(np.mean(test)) if test else None
         named = (f"s{number}", score, tuple(val), 0.0, 1.0, {}, f"steps/{number}")
-        candidate = Candidate(named[0], *named, test_score=test_score, test_example_scores=tuple(test))
-        trials.append(TrialResult(candidate.strategy, (candidate,)))
-    return SweepResult("runs/x", tuple(trials), 1.0)
+        candidates.append(Candidate(named[0], *named, test_score=test_score, test_example_scores=tuple(test)))
+    trials = [tuple(candidates[:steps]), *((candidate,) for candidate in candidates[steps:])]
+    return SweepResult("runs/x", tuple(TrialResult(trial[0].strategy, trial) for trial in trials), 1.0)
 
 
-@pytest.mark.parametrize("tested", [True, False], ids=["testset", "valset"])
-def test_equal_programs_are_rarely_taken_for_different_ones(tested: bool) -> None:
+@pytest.mark.parametrize(("tested", "steps"), [(True, 1), (False, 1), (False, 7)], ids=["testset", "valset", "many steps"])
+def test_equal_programs_are_rarely_taken_for_different_ones(tested: bool, steps: int) -> None:
     sweeps, claims = 2_000, 0
     for _ in range(sweeps):
-        programs = [(right_or_wrong(0.6, 60), right_or_wrong(0.6, 60) if tested else []) for _ in range(5)]
-        found = verdict(sweep_of(programs))
+        programs = [(right_or_wrong(0.6, 60), right_or_wrong(0.6, 60) if tested else []) for _ in range(8)]
+        found = verdict(sweep_of(programs, steps))
         assert found is not None
         assert found.on_testset == tested
         claims += "is better than" in found.sentence
