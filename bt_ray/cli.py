@@ -208,6 +208,35 @@ def status(
 
 
 @app.command()
+def report(
+    run_dir: RunDirArgument,
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="FILE", help="Default: report.html in the run directory, or here.")
+    ] = None,
+    gpu_hour_price: Annotated[
+        float | None, typer.Option("--gpu-hour-price", min=0, help="What an hour of one GPU costs, in any currency.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
+) -> None:
+    """Write one HTML page about a sweep: ranking, steps, servers, cost, prompts, demos, training, examples.
+
+    It needs no network and no other file, and works while the sweep runs too.
+
+    Example: bt-ray report runs/today --gpu-hour-price 2.5
+    """
+    with _told_errors():
+        from bt_ray.report.data import read_report
+        from bt_ray.report.page import report_page
+
+        storage = _existing(run_dir)
+        target = to or Path(run_dir if "://" not in run_dir else ".") / "report.html"
+        target.write_text(report_page(read_report(storage, gpu_hour_price)), encoding="utf-8")
+        typer.echo(target.resolve())
+        if show:
+            typer.launch(target.resolve().as_uri())
+
+
+@app.command()
 def prune(
     run_dir: RunDirArgument,
     only_best: Annotated[

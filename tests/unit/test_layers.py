@@ -79,7 +79,10 @@ LAYERS: dict[str, set[str]] = {
         "actors", "best", "cluster", "config", "errors", "events", "fingerprint", "preflight", "results", "run_directory",
         "run_lock", "search_walk", "state", "storage", "store", "strategy", "task", "trial", "tuning",
     },
-    "report": {"comparison", "events", "state", "fingerprint", "plan", "results", "store", "strategy"},
+    "report": {
+        "comparison", "event_log", "events", "fingerprint", "plan", "results", "run_directory", "state", "storage", "store",
+        "strategy", "trainings",
+    },
     "starter": {"errors"},
     "status": {"errors", "event_log", "plan", "report", "run_directory", "state", "storage"},
     "cli": {

@@ -1,0 +1,140 @@
+"""The report of a sweep in headless Chromium, opened from disk: what it shows, at two widths, in light and in dark."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+from support.made_sweep import HOSTILE, made_sweep
+from typer.testing import CliRunner
+
+from bt_ray.cli import app
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+QUIET = ["--no-sandbox", "--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    found = next(filter(None, map(shutil.which, NAMES)), None)
+    if found is None:
+        pytest.skip("there is no Chromium: install one, as in `apt install chromium`")
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=found, args=QUIET)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The pages of a sweep of 200 candidates with failures, and of one that runs."""
+    folder = tmp_path_factory.mktemp("reports")
+    pages = {}
+    for name, length in (("ended", 5), ("running", 2)):
+        made_sweep(folder / name, length, ended=name == "ended")
+        told = CliRunner().invoke(app, ["report", str(folder / name), "--gpu-hour-price", "2.5"])
+        assert told.exit_code == 0, told.output
+        pages[name] = folder / name / "report.html"
+        assert told.output.strip() == str(pages[name])
+    return pages
+
+
+@pytest.fixture(params=[1280, 390], ids=["wide", "phone"])
+def width(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture
+def opened(browser: Browser, width: int) -> Iterator[Any]:
+    """Opens a file as a page of this width, and at the end wants no console error and no request but of that file."""
+    asked: list[str] = []
+    wrong: list[str] = []
+    pages: list[Page] = []
+
+    def open_page(file: Path, **settings: Any) -> Page:
+        page = browser.new_page(viewport={"width": width, "height": 900}, **settings)
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(file.as_uri())
+        pages.append(page)
+        return page
+
+    yield open_page
+    assert wrong == []
+    assert {url for url in asked if not url.startswith("data:")} == {page.url for page in pages}
+    for page in pages:
+        page.close()
+
+
+def drawn(page: Page, plot: str) -> int:
+    """How many things are drawn in a plot."""
+    return page.locator(f'[data-plot="{plot}"] .main-svg').count()
+
+
+def test_it_shows_a_sweep_of_200_candidates_with_failures(opened: Any, reports: dict[str, Path], width: int) -> None:
+    page = opened(reports["ended"])
+    assert page.locator("details[data-candidate]").count() > 200
+    for plot in ("score-by-step", "trie", "timeline", "score-by-cost"):
+        assert drawn(page, plot) > 0, plot
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing is wider than the page"
+    assert re.search(r"^Best program: .* on the valset\.", page.locator("#winner").inner_text())
+    assert "in money" in page.locator("header").inner_text()
+    rows = page.locator("#ranking tbody tr")
+    assert rows.count() == 3 + 9 + 27 + 81 + 243
+    scores = [float(text.split()[0]) for text in page.locator("#ranking tbody tr td:nth-child(3)").all_inner_texts() if text]
+    assert scores == sorted(scores, reverse=True)
+    assert HOSTILE in page.locator("#ranking").inner_text(), "shown, and not run"
+
+
+def test_a_candidate_shows_its_prompt_beside_its_parents_its_demos_and_its_loss(
+    opened: Any, reports: dict[str, Path]
+) -> None:
+    page = opened(reports["ended"])
+    prompted = page.locator("details", has=page.locator("summary b", has_text=re.compile("^p -> p$")))
+    assert not prompted.locator(".prompt").first.is_visible()
+    prompted.locator("summary").click()
+    before, after = prompted.locator(".prompt").all_inner_texts()
+    assert (before, after) == ("Double the number carefully.", "Double the number carefully carefully.")
+    assert prompted.locator("ins").all_inner_texts() == [" carefully"]
+    assert prompted.locator("tbody tr").count() == 2
+    assert HOSTILE in prompted.locator("tbody").inner_text()
+
+    trained = page.locator("details", has=page.locator("summary b", has_text=re.compile("^w$")))
+    trained.locator("summary").click()
+    assert "fine-tuned on 24 examples" in trained.inner_text()
+    assert trained.locator(".main-svg").count() > 0
+    failing = page.locator("details", has=page.locator("summary b", has_text=re.compile("^p$")))
+    failing.locator("summary").click()
+    assert "3 examples scored 0 for an error: AdapterParseError: no answer" in failing.inner_text()
+
+
+def test_two_candidates_can_be_compared_example_by_example(opened: Any, reports: dict[str, Path]) -> None:
+    page = opened(reports["ended"])
+    page.select_option("#one", "k1")
+    page.select_option("#other", "k2")
+    said = page.locator("#wins").inner_text(), page.locator("#losses").inner_text()
+    counts = [int(re.findall(r"on (\d+) of 40", text)[0]) for text in said]
+    numbers = [re.findall(r"\d+", text.partition("numbers ")[2]) for text in said]
+    assert counts == [len(found) for found in numbers]
+    assert sum(counts) > 0
+    page.select_option("#other", "k1")
+    assert "on 0 of 40 validation examples." in page.locator("#wins").inner_text()
+
+
+def test_a_running_sweep_has_a_report_too(opened: Any, reports: dict[str, Path]) -> None:
+    page = opened(reports["running"])
+    assert page.locator("#headline").inner_text().startswith("no word ")
+    assert page.locator("#winner").inner_text().startswith("Best program so far: ")
+    assert drawn(page, "trie") > 0
+
+
+def test_it_can_be_read_in_the_dark(opened: Any, reports: dict[str, Path]) -> None:
+    page = opened(reports["running"], color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 28)"
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(232, 232, 232)"
+    label = page.locator('[data-plot="score-by-step"] .xtick text').first
+    assert label.evaluate("element => getComputedStyle(element).fill") == "rgb(232, 232, 232)"
