@@ -122,6 +122,7 @@ class KeptSteps:
             versions=installed_versions(),
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
+            cut_off=usage.cut_off,
             example_errors=dict(outcome.example_errors),
         )
         if not self._claims.may_commit(key.key, fence):

@@ -46,21 +46,25 @@ class Usage:
         requests: Their number.
         prompt_tokens: Tokens in.
         completion_tokens: Tokens out.
+        cut_off: Answers that ended because `max_tokens` or the context was full.
     """
 
     requests: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cut_off: int = 0
 
     def plus(self, response: Response) -> "Usage":
         tokens_in, tokens_out = response.usage.input_tokens or 0, response.usage.output_tokens or 0
-        return Usage(self.requests + 1, self.prompt_tokens + tokens_in, self.completion_tokens + tokens_out)
+        cut_off = self.cut_off + (response.finish_reason == "length")
+        return Usage(self.requests + 1, self.prompt_tokens + tokens_in, self.completion_tokens + tokens_out, cut_off)
 
     def since(self, earlier: "Usage") -> "Usage":
         return Usage(
             self.requests - earlier.requests,
             self.prompt_tokens - earlier.prompt_tokens,
             self.completion_tokens - earlier.completion_tokens,
+            self.cut_off - earlier.cut_off,
         )
 
 

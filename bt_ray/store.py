@@ -39,6 +39,7 @@ class FinishedStep:
         versions: Of the packages that computed it.
         prompt_tokens: Tokens in, of those requests.
         completion_tokens: Tokens out.
+        cut_off: Answers that ended because `max_tokens` or the context was full.
         api_models: The model of each predictor whose LM no server of the sweep answers for, by the predictor's name.
         example_errors: What the program or the metric raised for examples, which scored 0 for that, and for how many.
     """
@@ -56,6 +57,7 @@ class FinishedStep:
     versions: dict[str, str]
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cut_off: int = 0
     api_models: dict[str, str] = field(default_factory=dict)
     example_errors: dict[str, int] = field(default_factory=dict)
 

@@ -15,6 +15,7 @@ from bt_ray.storage import Storage
 from bt_ray.store import FinishedStep, StepStore
 from bt_ray.strategy import SEPARATOR, prefixes
 from bt_ray.trainings import TRAININGS
+from bt_ray.weights import MANIFEST, WEIGHTS
 
 STATES = {"placing": "waiting", "idle": "idle", "training": "training", "lost": "down", "failed": "down", "dead": "down"}
 
@@ -56,11 +57,15 @@ class Training:
     """How a fine-tune went.
 
     Attributes:
-        examples: Conversations that it learnt from.
+        examples: Conversations that it was given.
+        learnt: Those that it learnt from; the prompts of the others fill `train.max_length` alone. None if unknown.
+        cut_off: Those of which it did not learn the end, because they are longer. None if unknown.
         losses: Of each optimizer step, in order.
     """
 
     examples: int
+    learnt: int | None
+    cut_off: int | None
     losses: tuple[float, ...]
 
 
@@ -235,7 +240,8 @@ def _trainings(storage: Storage) -> Iterator[tuple[str, Training]]:
             if job is not None:
                 lines = (storage.read(f"{folder}/progress.jsonl") or b"").decode().splitlines()
                 losses = tuple(float(entry["loss"]) for entry in map(_line, lines) if entry.get("loss") is not None)
-                yield weights_id, Training(int(job["conversations"]), losses)
+                made = storage.read_json(f"{WEIGHTS}/{weights_id}/{MANIFEST}") or {}
+                yield weights_id, Training(int(job["conversations"]), made.get("conversations"), made.get("cut_off"), losses)
 
 
 def _segments(storage: Storage, started: float, until: float) -> Iterator[Segment]:

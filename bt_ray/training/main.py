@@ -73,7 +73,8 @@ def main() -> None:
         model = _save_model(trainer.accelerator.unwrap_model(trainer.model), job)
         tokenizer.save_pretrained(job.output_dir)
         canary = make_canary(sequences, completions, token_logprobs(model, sequences), parents)
-        _write_manifest(job, {"conversations": len(conversations), "canary": canary.to_json()})
+        counts = {"conversations": len(conversations), "cut_off": cut_off(conversations, tokenizer, job.config.max_length)}
+        _write_manifest(job, {**counts, "canary": canary.to_json()})
 
 
 def trainable_conversations(job: TrainJob, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -99,6 +100,13 @@ def trainable_conversations(job: TrainJob, tokenizer: PreTrainedTokenizerBase) -
     if not kept:
         job.refusal_file.write_text(f"There is nothing to train on: {told}")
     return kept
+
+
+def cut_off(conversations: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+    """How many conversations are longer than `max_length` tokens, so that the end of their answer was not learnt."""
+    wholes = [[*conversation["prompt"], *conversation["completion"]] for conversation in conversations]
+    lengths = [len(tokenizer.apply_chat_template(whole, tokenize=True)["input_ids"]) for whole in wholes]
+    return sum(length > max_length for length in lengths)
 
 
 def canary_sequences(

@@ -105,11 +105,13 @@ def test_a_candidate_shows_its_prompt_beside_its_parents_its_demos_and_its_loss(
 
     trained = page.locator("details", has=page.locator("summary b", has_text=re.compile("^w$")))
     trained.locator("summary").click()
-    assert "fine-tuned on 24 examples" in trained.inner_text()
+    told = "fine-tuned on 24 examples, 2 of them left out as too long, 3 of them cut off at train.max_length"
+    assert told in trained.inner_text()
     assert trained.locator(".main-svg").count() > 0
     failing = page.locator("details", has=page.locator("summary b", has_text=re.compile("^p$")))
     failing.locator("summary").click()
     assert "3 examples scored 0 for an error: AdapterParseError: no answer" in failing.inner_text()
+    assert re.search(r"7 of \d+ answers were cut off at lm.max_tokens", failing.inner_text())
 
 
 def test_two_candidates_can_be_compared_example_by_example(opened: Any, reports: dict[str, Path]) -> None:

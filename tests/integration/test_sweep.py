@@ -10,6 +10,8 @@ from conftest import MARK, SUPPORT
 from support.processes import MarkedProcesses, wait_for
 
 import bt_ray
+from bt_ray.run_directory import read_steps
+from bt_ray.storage import open_storage
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -65,6 +67,12 @@ def test_the_run_directory_holds_the_result_and_a_best_program_that_answers(sett
     assert program(question="number 26").answer == "52", "skill 5 and two demos answer 6"
     assert program(question="number 27").answer == "wrong"
     program.lm.kill()
+
+
+def test_answers_that_are_cut_off_are_counted(settings: dict[str, Any]) -> None:
+    sweep(settings, strategies=["p"], lm={"max_tokens": 9})
+    _, steps = read_steps(open_storage(settings["run_dir"]))
+    assert [(steps[prefix].requests, steps[prefix].cut_off) for prefix in ("", "p")] == [(20, 20), (20, 20)]
 
 
 def test_a_sweep_leaves_no_actor_to_a_ray_that_goes_on(settings: dict[str, Any]) -> None:

@@ -54,11 +54,13 @@ def made_sweep(folder: Path, max_length: int, *, ended: bool = True) -> Director
             versions={},
             prompt_tokens=draw.randrange(1_000, 100_000),
             completion_tokens=draw.randrange(1_000, 10_000),
+            cut_off=7 if prefix == "p" else 0,
             example_errors={"AdapterParseError: no answer": 3} if prefix == "p" else {},
         )
         store.commit(steps[prefix], "1-a")
         if prefix.endswith("w"):
             storage.write_json(f"trainings/t{key}/{weights}/job.json", {"conversations": 24})
+            storage.write_json(f"weights/{weights}/bt_ray_weights.json", {"conversations": 22, "cut_off": 3})
             losses = "".join(json.dumps({"step": n, "loss": 2 / n}) + "\n" for n in range(1, 30))
             storage.write(f"trainings/t{key}/{weights}/progress.jsonl", losses.encode())
     written = {

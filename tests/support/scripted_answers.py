@@ -62,14 +62,20 @@ def next_tool(prompt: str) -> dict[str, Any]:
     return {"next_thought": "It is to be doubled.", "next_tool_name": "double", "next_tool_args": {"value": int(number)}}
 
 
-def completion(said: Said) -> dict[str, Any]:
-    """The body of the answer that OpenAI's API would give."""
+def completion(said: Said, *, cut_off: bool = False) -> dict[str, Any]:
+    """The body of the answer that OpenAI's API would give, where it was cut off for want of tokens or not."""
     return {
         "id": "1",
         "object": "chat.completion",
         "created": 0,
         "model": "m",
-        "choices": [{"index": 0, "message": {"role": "assistant", "content": said.text}, "finish_reason": "stop"}],
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": said.text},
+                "finish_reason": "length" if cut_off else "stop",
+            }
+        ],
         "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
     }
 

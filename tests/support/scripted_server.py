@@ -25,6 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # not there by itself, where PYT
 from scripted_answers import Said, answer, completion
 from scripted_model import logprobs_of, read_skill
 
+TOKENS = 10
+"""What an answer is said to need: with less, it is said to be cut off, and is whole all the same."""
+
 
 class ScriptedEngine:
     """`bt_ray.serving.engine.Engine` of a scripted model. Faults come from files that a test leaves in `SCRIPTED_FAULTS`.
@@ -96,7 +99,7 @@ class App:
             return
         said = answer(skill, request["messages"])
         log(next(name for name, served in self.guard.serving.items() if served == request["model"]), said, in_flight)
-        await self.reply(send, completion(said))
+        await self.reply(send, completion(said, cut_off=request.get("max_tokens", TOKENS) < TOKENS))
 
     guard: Guard
 

@@ -32,3 +32,11 @@ def test_every_test_in_the_table_of_differences_exists() -> None:
     rows = re.findall(r"`(test_\w+)` \|$", (ROOT / "docs" / "differences.md").read_text(), re.MULTILINE)
     assert len(rows) >= 7
     assert not [name for name in rows if f"def {name}(" not in tests]
+
+
+def test_every_error_that_the_page_of_errors_quotes_is_said_somewhere() -> None:
+    said = re.sub(r'"\s*\n\s*f?"', "", "".join(file.read_text() for file in sorted((ROOT / "bt_ray").rglob("*.py"))))
+    quoted = re.findall("^### (.+)$", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
+    assert len(quoted) > 10
+    parts = [part.strip() for quote in quoted for part in quote.split("…") if part.strip()]
+    assert [part for part in parts if part not in said] == []

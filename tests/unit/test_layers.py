@@ -81,7 +81,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "report": {
         "comparison", "event_log", "events", "fingerprint", "plan", "results", "run_directory", "state", "storage", "store",
-        "strategy", "trainings",
+        "strategy", "trainings", "weights",
     },
     "starter": {"errors"},
     "status": {"errors", "event_log", "plan", "report", "run_directory", "state", "storage"},
