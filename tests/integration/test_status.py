@@ -23,16 +23,20 @@ def said(run_dir: str, *options: str) -> str:
     return told.output
 
 
+def training_lines(text: str) -> list[str]:
+    """The lines of a status that tells of a training; none of another's."""
+    return text.splitlines() if " training " in text else []
+
+
 def test_a_sweep_can_be_followed_from_anywhere(tmp_path: Path, settings: dict[str, Any]) -> None:
     run_dir = settings["run_dir"]
     running = RunningSweep(tmp_path, settings)
     running.await_phase("training")
-    wait_for("its status", lambda: " training " in said(run_dir), 20)
-    lines = said(run_dir).splitlines()
+    lines = wait_for("its status", lambda: training_lines(said(run_dir)), 20)
     assert lines[0].startswith("running for ")
     assert lines[1].startswith("2 of 3 steps are finished, the baseline included; 2 in this run, ")
     assert any(line.split()[:3] == ["p", "->", "w"] and "step p -> w" in line for line in lines)
-    assert json.loads(said(run_dir, "--json"))["finished"] == 2
+    assert json.loads(said(run_dir, "--json"))["steps"] == 3
 
     assert running.await_result() == SCORES
     assert said(run_dir).startswith("ended ")

@@ -99,7 +99,8 @@ class App:
             return
         said = answer(skill, request["messages"])
         log(next(name for name, served in self.guard.serving.items() if served == request["model"]), said, in_flight)
-        await self.reply(send, completion(said, cut_off=request.get("max_tokens", TOKENS) < TOKENS))
+        limit = request.get("max_completion_tokens") or request.get("max_tokens") or TOKENS
+        await self.reply(send, completion(said, cut_off=limit < TOKENS))
 
     guard: Guard
 
