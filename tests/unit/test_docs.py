@@ -1,5 +1,6 @@
 """What the pages name exists."""
 
+import json
 import re
 from pathlib import Path
 
@@ -40,3 +41,14 @@ def test_every_error_that_the_page_of_errors_quotes_is_said_somewhere() -> None:
     assert len(quoted) > 10
     parts = [part.strip() for quote in quoted for part in quote.split("…") if part.strip()]
     assert [part for part in parts if part not in said] == []
+
+
+def test_the_dashboard_asks_for_metrics_that_are_exported_all_of_them_and_no_other() -> None:
+    dashboard = (ROOT / "cluster" / "grafana_dashboard.json").read_text()
+    source = (ROOT / "bt_ray" / "actors" / "metrics.py").read_text()
+    endings = {"Gauge": "", "Histogram": "_bucket", "Counter": "_total"}
+    exported = {f"ray_{name}{endings[kind]}" for kind, name in re.findall(r'(Gauge|Histogram|Counter)\(\s*"(\w+)"', source)}
+    asked = {
+        name for panel in json.loads(dashboard)["panels"] for name in re.findall(r"ray_bt_ray_\w+", str(panel["targets"]))
+    }
+    assert asked == exported
