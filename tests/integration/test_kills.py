@@ -199,12 +199,12 @@ def test_each_strategy_gives_what_dspy_gives_for_it_alone(undisturbed: Seen, mod
     models.close()
 
 
-each_storage = pytest.mark.parametrize("storage_kind", ["filesystem", "s3"])
-each_seed = pytest.mark.parametrize("seed", range(len(MOMENTS)))
+on_a_disk_and_in_a_store = pytest.mark.parametrize(
+    ("storage_kind", "seed"), [*(("filesystem", seed) for seed in range(len(MOMENTS))), ("s3", 0), ("s3", 4)]
+)
 
 
-@each_storage
-@each_seed
+@on_a_disk_and_in_a_store
 def test_a_killed_driver_costs_no_committed_step(sweep: Sweep, undisturbed: Seen, seed: int) -> None:
     for phase, commits, chance in moments(seed):
         stopped = await_moment(sweep, phase, commits, chance)
@@ -224,8 +224,7 @@ def test_a_killed_driver_costs_no_committed_step(sweep: Sweep, undisturbed: Seen
     sweep.await_quiet()
 
 
-@each_storage
-@each_seed
+@on_a_disk_and_in_a_store
 def test_killed_trials_cost_no_committed_step(sweep: Sweep, undisturbed: Seen, seed: int) -> None:
     for phase, commits, chance in moments(seed):
         stopped = await_moment(sweep, phase, commits, chance)
