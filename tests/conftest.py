@@ -133,7 +133,7 @@ def local_ray(s3: ObjectStore) -> Iterator[None]:
     ray.shutdown()
 
 
-TOGETHER = {"test_job.py", "test_optimizers.py", "test_winner.py"}
+TOGETHER = {"test_job.py", "test_optimizers.py", "test_report_page.py", "test_winner.py"}
 """Files whose tests share what is costly to make."""
 
 
