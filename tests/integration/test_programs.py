@@ -92,7 +92,7 @@ def test_predictors_of_one_model_are_fine_tuned_together_or_each_on_its_own(
 
 def test_one_slot_serves_a_program_with_two_models_in_turns(settings: dict[str, Any], tasks: Path) -> None:
     server = {**settings["server"], "count": 1}
-    result = sweep(settings, f"{tasks}:two_models", "w", server=server)
+    result = sweep(settings, f"{tasks}:two_models", "w", server=server, num_threads=20)
     assert [candidate.score for candidate in result.trials[0].candidates] == [20.0, 50.0]
 
 

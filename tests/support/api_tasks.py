@@ -16,7 +16,8 @@ URL = f"http://127.0.0.1:{Path(__file__).with_name('port').read_text()}/v1"
 
 
 def api(model: str = "openai/skill-4", **settings: Any) -> dspy.LM:
-    return dspy.LM(model, api_base=URL, api_key=KEY, temperature=0, num_retries=0, **settings)
+    """An LM of the test's own API. DSPy's cache does not look at the address, and would answer for another test's."""
+    return dspy.LM(model, api_base=URL, api_key=KEY, temperature=0, num_retries=0, cache=False, **settings)
 
 
 def doubling(lm: dspy.LM) -> dspy.Module:
