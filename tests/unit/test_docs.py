@@ -35,10 +35,13 @@ def test_every_test_in_the_table_of_differences_exists() -> None:
     assert not [name for name in rows if f"def {name}(" not in tests]
 
 
-def test_every_error_that_the_page_of_errors_quotes_is_said_somewhere() -> None:
+def test_every_error_that_a_page_quotes_is_said_somewhere() -> None:
     said = re.sub(r'"\s*\n\s*f?"', "", "".join(file.read_text() for file in sorted((ROOT / "bt_ray").rglob("*.py"))))
     quoted = re.findall("^### (.+)$", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
     assert len(quoted) > 10
+    mistakes = (ROOT / "docs" / "tasks.md").read_text().partition("| `bt-ray check` says |")[2].partition("\n\n")[0]
+    quoted += re.findall(r"^\| `+ ?(.+?) ?`+ \|", mistakes, re.MULTILINE)
+    assert len(quoted) > 20
     parts = [part.strip() for quote in quoted for part in quote.split("…") if part.strip()]
     assert [part for part in parts if part not in said] == []
 
