@@ -15,6 +15,7 @@ from bt_ray.config import StrategySearch, SweepConfig, make_config, with_absolut
 from bt_ray.errors import ConfigError, InfrastructureError, TaskError
 from bt_ray.events import Event, Stage, StepFinished, TrialEnded, TrialWaits
 from bt_ray.fingerprint import digest
+from bt_ray.kept_examples import examples_file, keep_examples
 from bt_ray.preflight import CheckedSweep, check_sweep, inside_job
 from bt_ray.results import Candidate, StepFailure, SweepResult, TrialResult
 from bt_ray.run_directory import RESULT, prepare_run_directory
@@ -86,6 +87,8 @@ def run_sweep(
     storage = open_storage(run_dir)
     with held(storage, lambda text: tell(Stage(text))) as drivers:
         prepare_run_directory(storage, config, checked.keys)
+        for file, examples in _validation_examples(checked).items():
+            keep_examples(storage, file, examples)
         with StatusFile(storage).kept() as status:
 
             def tell_all(event: Event) -> None:
@@ -307,6 +310,15 @@ def run_directory(config: SweepConfig) -> str:
             "absolute path that all nodes share, with --run-dir."
         )
     return str(given.resolve())
+
+
+def _validation_examples(checked: CheckedSweep) -> dict[str, list[Any]]:
+    """What the variants are evaluated on, by the file where it is kept; nothing of those without validation."""
+    found = {}
+    for variant in checked.variants.values():
+        if examples := variant.task.validation_examples(variant.config.valset_ratio):
+            found[examples_file(variant.keys[BASELINE])] = examples
+    return found
 
 
 def _check_travels(build: TaskFunction) -> None:

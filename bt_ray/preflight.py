@@ -163,7 +163,7 @@ def _check_validation(task: Task, config: SweepConfig, strategies: int) -> tuple
     train, test = len(task.trainset), len(task.testset or ())
     if task.valset:
         return train, len(task.valset), test
-    held_out = int(config.valset_ratio * train)
+    held_out = len(task.validation_examples(config.valset_ratio))
     if held_out == 0 and strategies > 1:
         why = "valset_ratio = 0" if config.valset_ratio == 0 else f"valset_ratio = {config.valset_ratio} of {train} examples"
         raise ConfigError(

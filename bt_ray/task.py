@@ -115,6 +115,10 @@ class Task:
                     arguments["teacher"] = self.teachers[0].deepcopy()
         return {key: arguments for key, arguments in routed.items() if arguments}
 
+    def validation_examples(self, valset_ratio: float) -> list[dspy.Example]:
+        """What programs are evaluated on: the valset, else the first of the trainset, as `dspy.BetterTogether` splits it."""
+        return list(self.valset or list(self.trainset)[: int(valset_ratio * len(self.trainset))])
+
     @property
     def teachers(self) -> list[dspy.Module]:
         if self.teacher is None:

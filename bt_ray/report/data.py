@@ -2,12 +2,14 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from bt_ray.comparison import Interval, Verdict, interval, verdict
 from bt_ray.event_log import EVENTS
+from bt_ray.fingerprint import StepKey
+from bt_ray.kept_examples import KeptExample, examples_file, read_examples
 from bt_ray.results import SweepResult, TrialResult
 from bt_ray.run_directory import CONFIG, RESULT, read_steps
 from bt_ray.state import STATUS, SweepState
@@ -97,6 +99,7 @@ class Node:
         predictors: By name.
         trainings: Of the weights that its predictors use and its parent's did not.
         spread: The interval of its score.
+        valset: The file of the examples that it was evaluated on, `""` if unknown; a sweep may not have kept them.
     """
 
     label: str
@@ -109,6 +112,7 @@ class Node:
     predictors: Mapping[str, Predictor] = field(default_factory=dict)
     trainings: tuple[Training, ...] = ()
     spread: Interval | None = None
+    valset: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,11 +130,25 @@ class Segment:
 
 @dataclass(frozen=True)
 class Report:
-    """What a report shows."""
+    """What a report shows.
+
+    Attributes:
+        location: Of the run directory.
+        config: The sweep's settings.
+        nodes: Its steps, by key, each after its parent.
+        valsets: The examples that steps were evaluated on, as far as they are kept, by file.
+        trials: Its strategies.
+        segments: What its servers did, and when.
+        state: What it is doing.
+        seconds: That it took.
+        verdict: Whether the best program can be told from the others; None if there is nothing to compare it with.
+        result: None while it has none.
+    """
 
     location: str
     config: Mapping[str, Any]
     nodes: Mapping[str, Node]
+    valsets: Mapping[str, tuple[KeptExample, ...]]
     trials: tuple[TrialResult, ...]
     segments: tuple[Segment, ...]
     state: SweepState
@@ -162,6 +180,8 @@ def read_report(storage: Storage, gpu_hour_price: float | None = None) -> Report
     state = _state(storage, finished, result)
     store = StepStore(storage)
     trained = dict(_trainings(storage))
+    files = _example_files(keys.values())
+    valsets = {file: kept for file in sorted(set(files.values())) if (kept := read_examples(storage, file))}
     nodes: dict[str, Node] = {}
     for label, key in keys.items():
         if key.key in nodes:
@@ -185,13 +205,15 @@ def read_report(storage: Storage, gpu_hour_price: float | None = None) -> Report
             _predictors(json.loads(store.read_program(step.program))),
             tuple(trained[weights_id] for weights_id in sorted(new) if weights_id in trained),
             interval(step.example_scores),
+            files.get(key.key, ""),
         )
     until = state.ended or state.at
     segments = tuple(_segments(storage, state.started, until))
     trials = result.trials if result is not None else _running_trials(state, finished)
     seconds = until - state.started if result is None else result.seconds
     shown = SweepResult(storage.location, trials, seconds)
-    return Report(storage.location, config, nodes, trials, segments, state, seconds, verdict(result or shown), result)
+    best = verdict(result or shown)
+    return Report(storage.location, config, nodes, valsets, trials, segments, state, seconds, best, result)
 
 
 def _state(storage: Storage, finished: Mapping[str, FinishedStep], result: SweepResult | None) -> SweepState:
@@ -201,6 +223,20 @@ def _state(storage: Storage, finished: Mapping[str, FinishedStep], result: Sweep
         return SweepState.from_json(written)
     began = min((step.started for step in finished.values()), default=time.time())
     return SweepState(started=began, ended=began + result.seconds if result is not None else None)
+
+
+def _example_files(keys: Iterable[StepKey]) -> dict[str, str]:
+    """Where the examples would be kept that a step was evaluated on, those of its baseline, by the step's key.
+
+    Args:
+        keys: Of all steps, each after its parent's.
+    """
+    files: dict[str, str] = {}
+    for key in keys:
+        file = files.get(key.parent) if key.parent else examples_file(key)
+        if file is not None:
+            files[key.key] = file
+    return files
 
 
 def _running_trials(state: SweepState, finished: Mapping[str, FinishedStep]) -> tuple[TrialResult, ...]:

@@ -5,13 +5,14 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Any
 
 import jinja2
 from plotly.offline import get_plotlyjs
 
+from bt_ray.kept_examples import KeptExample
 from bt_ray.report import figures
 from bt_ray.report.data import Cost, Node, Predictor, Report
 from bt_ray.report.state import headline
@@ -38,7 +39,7 @@ def report_page(report: Report) -> str:
     for node in ranked:
         if curves := [training.losses for training in node.trainings if training.losses]:
             plots[f"loss-{node.key}"] = figures.losses(curves)
-    scores = {node.key: node.step.example_scores for node in ranked if node.step is not None and node.step.example_scores}
+    scored = [node for node in ranked if node.step is not None and node.step.example_scores]
     return environment.get_template(TEMPLATE).render(
         report=report,
         headline=headline(report.state, time.time()) if report.result is None else "",
@@ -46,11 +47,11 @@ def report_page(report: Report) -> str:
         ranked=ranked,
         parents=report.nodes,
         prompts={node.key: _prompts(node, report.nodes.get(node.parent)) for node in ranked},
-        scores=scores,
+        scored=scored,
         plotly=get_plotlyjs(),
         plots=_as_script({name: json.loads(figure.to_json()) for name, figure in plots.items()}),
         plotted=set(plots),
-        examples=_as_script({"scores": scores, "labels": {node.key: node.label for node in ranked}}),
+        examples=_as_script(_examples(report, scored)),
     )
 
 
@@ -58,6 +59,22 @@ def ranked_nodes(report: Report) -> list[Node]:
     """The finished steps, the best first."""
     finished = [node for node in report.nodes.values() if node.step is not None]
     return sorted(finished, key=lambda node: -_sortable(node))
+
+
+def _examples(report: Report, scored: Sequence[Node]) -> dict[str, Any]:
+    """What tells where programs differ: their scores of each example, and the examples, each valset once."""
+    valsets: list[tuple[KeptExample, ...]] = []
+    for kept in report.valsets.values():
+        if kept not in valsets:
+            valsets.append(kept)
+    return {
+        "scores": {node.key: node.step.example_scores for node in scored if node.step is not None},
+        "labels": {node.key: node.label for node in scored},
+        "valsets": [[asdict(example) for example in kept] for kept in valsets],
+        "valsetOf": {
+            node.key: valsets.index(report.valsets[node.valset]) for node in scored if node.valset in report.valsets
+        },
+    }
 
 
 def _sortable(node: Node) -> float:

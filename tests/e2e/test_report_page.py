@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
-from support.made_sweep import HOSTILE, made_sweep
+from support.made_sweep import EXAMPLES, HOSTILE, IMAGE, LONG, example, made_sweep
 from typer.testing import CliRunner
 
 from bt_ray.cli import app
+from bt_ray.fingerprint import StepKey
+from bt_ray.kept_examples import examples_file, keep_examples
+from bt_ray.storage import open_storage
+from bt_ray.store import StepStore
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 QUIET = ["--no-sandbox", "--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -30,11 +34,11 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The pages of a sweep of 200 candidates with failures, and of one that runs."""
+    """The pages of a sweep of 200 candidates with failures, of one that runs and kept no examples, of one that kept some."""
     folder = tmp_path_factory.mktemp("reports")
     pages = {}
-    for name, length in (("ended", 5), ("running", 2)):
-        made_sweep(folder / name, length, ended=name == "ended")
+    for name, length, kept in (("ended", 5, EXAMPLES), ("running", 2, 0), ("partly", 1, 20)):
+        made_sweep(folder / name, length, ended=name == "ended", kept=kept)
         told = CliRunner().invoke(app, ["report", str(folder / name), "--gpu-hour-price", "2.5"])
         assert told.exit_code == 0, told.output
         pages[name] = folder / name / "report.html"
@@ -114,17 +118,67 @@ def test_a_candidate_shows_its_prompt_beside_its_parents_its_demos_and_its_loss(
     assert re.search(r"7 of \d+ answers were cut off at lm.max_tokens", failing.inner_text())
 
 
-def test_two_candidates_can_be_compared_example_by_example(opened: Any, reports: dict[str, Path]) -> None:
+def differing(run_dir: Path, one: str, other: str) -> tuple[list[int], list[int]]:
+    """The numbers of the examples that a step wins against another, and of those that it loses."""
+    steps = [StepStore(open_storage(str(run_dir))).read(key) for key in (one, other)]
+    pairs = list(enumerate(zip(*(step.example_scores for step in steps if step), strict=True), start=1))
+    return [number for number, (a, b) in pairs if a > b], [number for number, (a, b) in pairs if a < b]
+
+
+@pytest.mark.parametrize(("name", "kept"), [("ended", EXAMPLES), ("partly", 20), ("running", 0)])
+def test_two_candidates_can_be_compared_example_by_example(
+    opened: Any, reports: dict[str, Path], name: str, kept: int
+) -> None:
+    page = opened(reports[name])
+    page.select_option("#one", "k1")
+    page.select_option("#other", "k2")
+    for numbers, said, shown in zip(
+        differing(reports[name].parent, "k1", "k2"), ("#wins", "#losses"), ("#won", "#lost"), strict=True
+    ):
+        with_text, without = [n for n in numbers if n <= kept], [n for n in numbers if n > kept]
+        assert [int(text) for text in page.locator(f"{shown} li > span").all_inner_texts()] == with_text
+        text = page.locator(said).inner_text()
+        assert f"on {len(numbers)} of 40 validation examples" in text
+        assert re.findall(r"\d+", text.partition("numbers ")[2]) == [str(number) for number in without]
+    page.select_option("#other", "k1")
+    assert "on 0 of 40 validation examples." in page.locator("#wins").inner_text()
+    assert page.locator("#won, #lost").filter(visible=True).count() == 0
+
+
+def test_examples_that_differ_are_shown_with_their_inputs_and_labels(
+    opened: Any, reports: dict[str, Path], width: int
+) -> None:
     page = opened(reports["ended"])
     page.select_option("#one", "k1")
     page.select_option("#other", "k2")
-    said = page.locator("#wins").inner_text(), page.locator("#losses").inner_text()
-    counts = [int(re.findall(r"on (\d+) of 40", text)[0]) for text in said]
-    numbers = [re.findall(r"\d+", text.partition("numbers ")[2]) for text in said]
-    assert counts == [len(found) for found in numbers]
-    assert sum(counts) > 0
-    page.select_option("#other", "k1")
-    assert "on 0 of 40 validation examples." in page.locator("#wins").inner_text()
+    won, lost = differing(reports["ended"].parent, "k1", "k2")
+    assert {number % 3 for number in won + lost} == {0, 1, 2}, "hostile, long and short ones"
+    for number, row in zip(won + lost, page.locator(".examples li").all(), strict=True):
+        inputs, labels = row.locator(".inputs").inner_text(), row.locator(".labels").inner_text()
+        if number % 3 == 0:
+            assert (inputs, labels) == (f"question: {HOSTILE}\n{IMAGE}: {IMAGE}", f"answer: {HOSTILE}")
+        else:
+            passage = "Short." if number % 3 == 2 else f"{LONG[:299]}…"
+            assert (inputs, labels) == (f"question: number {number}\npassage: {passage}", f"answer: {2 * number}")
+    assert page.locator("script").count() == 4, "the page's own"
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing is wider than the page"
+
+
+def test_candidates_validated_on_different_examples_are_not_compared(opened: Any, tmp_path: Path) -> None:
+    storage = made_sweep(tmp_path, 1)
+    steps = storage.read_json("sweep.json")["steps"]
+    steps["w"] |= {"parent": "", "parts": {"valset": "another"}}
+    storage.write_json("sweep.json", {"steps": steps})
+    keep_examples(storage, examples_file(StepKey(**steps["w"])), [example(2)])
+    assert CliRunner().invoke(app, ["report", str(tmp_path)]).exit_code == 0
+    page = opened(tmp_path / "report.html")
+    page.select_option("#one", "k1")
+    page.select_option("#other", "k0")
+    assert page.locator("#apart").is_hidden()
+    assert page.locator("#wins").is_visible()
+    page.select_option("#other", "k2")
+    assert page.locator("#apart").is_visible()
+    assert page.locator("#wins").is_hidden()
 
 
 def test_a_running_sweep_has_a_report_too(opened: Any, reports: dict[str, Path]) -> None:

@@ -15,6 +15,8 @@ from support import known
 
 import bt_ray
 from bt_ray.events import StepFinished
+from bt_ray.kept_examples import EXAMPLES, KeptExample, read_examples
+from bt_ray.storage import open_storage
 from bt_ray.strategy import prefixes
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -66,6 +68,15 @@ def test_examples_are_held_out_and_ordered_and_a_strategys_best_is_chosen_as_dsp
         assert trial.best is not None
         (returned,) = [c["strategy"] for c in program.candidate_programs if c["program"] is program]
         assert trial.best.prefix == returned
+    evaluated = [number.removeprefix("number ") for number in next(iter(given.values()))["valset"] or ()]
+    examples = [KeptExample({"question": f"number {n}"}, {"answer": str(2 * int(n))}) for n in evaluated]
+    assert kept_examples(result) == ([examples] if examples else []), "a report can show them"
+
+
+def kept_examples(result: bt_ray.SweepResult) -> list[list[KeptExample]]:
+    """The validation examples that the run directory has for a report, by valset."""
+    storage = open_storage(result.run_dir)
+    return [list(read_examples(storage, f"{EXAMPLES}/{name}")) for name in storage.names(EXAMPLES)]
 
 
 def without_seed(changed: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import dspy
+
+from bt_ray.fingerprint import StepKey
+from bt_ray.kept_examples import examples_file, keep_examples
 from bt_ray.results import SweepResult, TrialResult
 from bt_ray.state import SweepState, TrialState
 from bt_ray.storage import Directory
@@ -14,17 +18,20 @@ from bt_ray.strategy import SEPARATOR, prefixes
 
 BEGAN = 1_700_000_000.0
 EXAMPLES = 40
+LONG = "long" * 500
 HOSTILE = '</script><script>throw new Error("injected")</script>'
+IMAGE = '<img src="data:," onerror="console.error(1)">'
 """What a page must show and not run."""
 
 
-def made_sweep(folder: Path, max_length: int, *, ended: bool = True) -> Directory:
+def made_sweep(folder: Path, max_length: int, *, ended: bool = True, kept: int = EXAMPLES) -> Directory:
     """A sweep of all strategies of `p`, `w` and `x` up to a length, where `x` fails after `w`.
 
     Args:
         folder: The run directory.
         max_length: Of the strategies.
         ended: Whether it has a result; else its last strategy is running.
+        kept: The examples whose texts it has; 0 for a sweep of a version that kept none.
     """
     storage = Directory(folder)
     store = StepStore(storage)
@@ -74,6 +81,8 @@ def made_sweep(folder: Path, max_length: int, *, ended: bool = True) -> Director
         for prefix, key in keys.items()
     }
     storage.write_json("sweep.json", {"steps": written})
+    if kept:
+        keep_examples(storage, examples_file(StepKey(**written[""])), [example(number) for number in range(1, kept + 1)])
     storage.write_json("config.json", {"task": "my/task.py:build", "model": "org/model", "seed": 0, "server": {"gpus": 1}})
     trials = [made_trial(strategy, steps) for strategy in strategies]
     storage.write_json("status.json", made_state(trials, ended=ended).to_json())
@@ -81,6 +90,15 @@ def made_sweep(folder: Path, max_length: int, *, ended: bool = True) -> Director
     if ended:
         storage.write_json("result.json", SweepResult(str(folder), tuple(trials), 5400.0).to_json())
     return storage
+
+
+def example(number: int) -> dspy.Example:
+    """A validation example, by the number that the page gives it: hostile in all that it has, long, or neither."""
+    if number % 3 == 0:
+        hostile = {"question": HOSTILE, IMAGE: IMAGE, "answer": HOSTILE}
+        return dspy.Example(hostile).with_inputs("question", IMAGE)
+    passage = LONG if number % 3 == 1 else "Short."
+    return dspy.Example(question=f"number {number}", passage=passage, answer=2 * number).with_inputs("question", "passage")
 
 
 def program(prefix: str) -> dict[str, Any]:
