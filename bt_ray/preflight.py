@@ -138,6 +138,7 @@ def _checked(variant: Variant, source: str | TaskFunction) -> Checked:
         check_trainable(config.server, config.train)
     names = {key: type(optimizer).__name__ for key, optimizer in optimizers.items()}
     models_at_once = len(set(served.values()))
+    models.take_back(task.program)
     return Checked(config, variant.values, task, models.bases, examples, names, models_at_once, strategies, keys)
 
 

@@ -73,6 +73,12 @@ class ServedModels:
         self.student = self.bases[lm.weights_id]
         assign_lm(program, lm)
 
+    def take_back(self, program: dspy.Module) -> None:
+        """Take its LMs from a program: one that a task's file made once is every call's."""
+        for predictor in program.predictors():
+            if isinstance(predictor.lm, ServedLM) and predictor.lm.engine is self.engine:
+                predictor.lm = None
+
 
 _serving: ContextVar[ServedModels | None] = ContextVar("bt_ray_served_models", default=None)
 

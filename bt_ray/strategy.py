@@ -61,8 +61,8 @@ def parent(prefix: str) -> str:
 
 
 def all_prefixes(strategies: Iterable[str]) -> list[str]:
-    """The steps of all strategies, each once, shorter ones first."""
-    return sorted({prefix for strategy in strategies for prefix in prefixes(strategy)}, key=length)
+    """The steps of all strategies, each once, shorter ones first, else in the order given."""
+    return sorted(dict.fromkeys(prefix for strategy in strategies for prefix in prefixes(strategy)), key=length)
 
 
 def every(optimizers: Sequence[str], max_length: int) -> list[str]:

@@ -7,6 +7,7 @@ import inspect
 import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import Context
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -150,7 +151,8 @@ def load_task(source: str | TaskFunction, args: Mapping[str, Any] | None = None)
         TaskError: Nothing can be loaded, the function does not take `args`, or what it returns is no usable task.
     """
     spec = source if isinstance(source, str) else task_spec(source)
-    function = _imported(source) if isinstance(source, str) else source
+    # An LM of `bt_ray.served` belongs to one call of the function, so a file that makes one is to say so.
+    function = Context().run(_imported, source) if isinstance(source, str) else source
     if not callable(function):
         raise TaskError(f"{spec} is no function.")
     try:

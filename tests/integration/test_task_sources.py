@@ -7,7 +7,12 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import pytest
+from conftest import SUPPORT
+
 import bt_ray
+from bt_ray.config import make_config
+from bt_ray.preflight import check_sweep
 
 CELL = '''
 import sys
@@ -124,3 +129,34 @@ def test_a_package_of_the_working_directory(settings: dict[str, Any], tmp_path: 
     """)
     assert run(code, tmp_path).stdout.splitlines()[-1] == "[70.0, 40.0, 20.0] None"
     assert bt_ray.SweepResult.read(Path(settings["run_dir"]) / "result.json").best
+
+
+TOP_LEVEL = """
+from tasks import *
+
+program = dspy.Predict(Double)
+teacher = {teacher}
+
+
+def build():
+    return double(program=program)
+"""
+
+
+def at_the_top(folder: Path, teacher: str) -> str:
+    """A task whose program, and a teacher, stand at the top of its file."""
+    (folder / "top.py").write_text(f"import sys\nsys.path.insert(0, {str(SUPPORT)!r})\n" + TOP_LEVEL.format(teacher=teacher))
+    return f"{folder / 'top.py'}:build"
+
+
+def test_a_program_at_the_top_of_its_file_is_new_to_each_call(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = {**settings, "task": at_the_top(tmp_path, "None"), "space": {"lm.temperature": [0.0, 0.5]}}
+    first, again = (check_sweep(make_config(config), None) for _ in range(2))
+    assert first.keys == again.keys
+    assert [checked.models_at_once for checked in first.variants.values()] == [1, 1]
+
+
+def test_a_served_model_belongs_to_a_call_not_to_a_file(settings: dict[str, Any], tmp_path: Path) -> None:
+    task = at_the_top(tmp_path, f"bt_ray.served({str(tmp_path)!r})")
+    with pytest.raises(bt_ray.BtRayError, match=r"call it inside build\(\) or optimizers\(ctx\)"):
+        check_sweep(make_config({**settings, "task": task}), None)
