@@ -6,6 +6,7 @@ from typing import Any
 
 import dspy
 from api_server import KEY
+from dspy.clients.openai import OpenAIProvider
 from dspy.clients.provider import Provider
 from dspy.teleprompt import BootstrapFinetune
 from tasks import Demos, Double, double, exact
@@ -61,6 +62,7 @@ def mixed() -> bt_ray.Task:
 
 def fine_tuned_by_openai() -> bt_ray.Task:
     os.environ |= {"OPENAI_BASE_URL": URL, "OPENAI_API_KEY": KEY}  # where DSPy's provider looks
+    OpenAIProvider.wait_for_job.__defaults__ = (0.2,)  # it asks every 20 s
     return double(
         program=doubling(api()),
         optimizers=lambda ctx: {"p": Demos(), "w": BootstrapFinetune(metric=exact, train_kwargs={"n_epochs": 2})},
