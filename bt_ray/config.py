@@ -12,6 +12,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
@@ -187,6 +188,35 @@ class TrialConfig(Section):
     """How often one request is repeated after its server was lost and is back."""
 
 
+class TrackingConfig(Section):
+    """`[tracking]`: where else a sweep's progress goes, beside its run directory."""
+
+    mlflow: str | None = None
+    """MLflow's tracking URI: `http://host:5000`, `sqlite:////path/mlflow.db`, `databricks`. Needs `bt-ray[mlflow]`."""
+    experiment: str | None = Field(None, min_length=1)
+    """The experiment in MLflow. Default: the name of the task's file."""
+    autolog: bool = False
+    """Whether MLflow traces what DSPy does in the trials (`mlflow.dspy.autolog`). All nodes must reach `mlflow`, and have
+    the package."""
+    tensorboard: str | None = None
+    """A folder for TensorBoard's files."""
+    wandb: str | None = Field(None, min_length=1)
+    """The project at Weights & Biases. Needs `bt-ray[wandb]`, and WANDB_API_KEY or `wandb login`."""
+
+    @field_validator("mlflow")
+    @classmethod
+    def _without_password(cls, value: str | None) -> str | None:
+        if value is not None and urlsplit(value).password:
+            raise ValueError("a password in it would be kept in files: set MLFLOW_TRACKING_USERNAME and _PASSWORD instead")
+        return value
+
+    @model_validator(mode="after")
+    def _of_mlflow(self) -> Self:
+        if self.mlflow is None and (self.autolog or self.experiment):
+            raise ValueError(f"{'autolog' if self.autolog else 'experiment'} is MLflow's: set tracking.mlflow too")
+        return self
+
+
 class EveryStrategy(Section):
     """`strategies = "all(max_length = 3)"`: every sequence of the optimizers up to a length."""
 
@@ -258,6 +288,7 @@ class SweepConfig(Section):
     server: ServerConfig = ServerConfig()
     train: TrainConfig = TrainConfig()
     trial: TrialConfig = TrialConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @field_validator("strategies", mode="before")
     @classmethod
@@ -396,6 +427,9 @@ def with_absolute_paths(given: Mapping[str, Any], base: Path, *, refuse_relative
     run_dir = values.get("run_dir")
     if isinstance(run_dir, str) and "://" not in run_dir:
         values["run_dir"] = str((base / Path(run_dir).expanduser()).resolve())
+    tracking = values.get("tracking")
+    if isinstance(tracking, Mapping) and isinstance(folder := tracking.get("tensorboard"), str):
+        values["tracking"] = {**tracking, "tensorboard": str((base / Path(folder).expanduser()).resolve())}
     return values
 
 

@@ -16,6 +16,7 @@ from bt_ray.errors import ConfigError, InfrastructureError, TaskError
 from bt_ray.events import Event, Stage, StepFinished, TrialEnded, TrialWaits
 from bt_ray.fingerprint import digest
 from bt_ray.kept_examples import examples_file, keep_examples
+from bt_ray.mlflow_runs import mlflow_runs
 from bt_ray.preflight import CheckedSweep, check_sweep, inside_job
 from bt_ray.results import Candidate, StepFailure, SweepResult, TrialResult
 from bt_ray.run_directory import RESULT, prepare_run_directory
@@ -89,14 +90,19 @@ def run_sweep(
         prepare_run_directory(storage, config, checked.keys)
         for file, examples in _validation_examples(checked).items():
             keep_examples(storage, file, examples)
-        with StatusFile(storage).kept() as status:
+        with StatusFile(storage).kept() as status, mlflow_runs(config, storage, tell) as runs:
 
             def tell_all(event: Event) -> None:
                 status.note(event)
+                if runs is not None:
+                    runs.note(event)
                 tell(event)
 
             sweep = _Sweep(config, run_dir, checked, tell_all, build or portable_task(config.task))
-            return sweep.run(address, first_fence=drivers * CLAIMS_PER_DRIVER)
+            result = sweep.run(address, first_fence=drivers * CLAIMS_PER_DRIVER)
+            if runs is not None:
+                runs.finish(result)
+            return result
 
 
 class _Sweep:

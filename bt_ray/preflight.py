@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,7 @@ def check_sweep(
     checked = CheckedSweep({variant.name: _checked(variant, build or config.task) for variant in variants(config)})
     if isinstance(config.strategies, StrategySearch) and config.space:
         raise ConfigError("space: a search over strategies takes no space. Search first, then vary what it found.")
+    _check_tracking(config)
     if run_dir is not None:
         if config.trial.resume_optimizers and "://" in run_dir:
             raise ConfigError(
@@ -112,6 +114,12 @@ def check_sweep(
             )
         check_run_directory(run_dir, checked.keys, accept_changes=accept_changes)
     return checked
+
+
+def _check_tracking(config: SweepConfig) -> None:
+    for package in ("mlflow", "wandb"):
+        if getattr(config.tracking, package) is not None and find_spec(package) is None:
+            raise ConfigError(f'tracking.{package}: the package is not installed. Run: pip install "bt-ray[{package}]"')
 
 
 def _checked(variant: Variant, source: str | TaskFunction) -> Checked:

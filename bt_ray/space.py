@@ -23,6 +23,7 @@ SHARED = {
     "autoscaling": "all variants share the cluster",
     "server": "all variants share the servers",
     "trial": "all variants share the trials",
+    "tracking": "a sweep is tracked as a whole",
     "space": "it is the space",
     "num_samples": "it belongs to the space",
 }

@@ -5,6 +5,7 @@ strategy, keeps each step's program and reports each step's score.
 """
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -23,6 +24,7 @@ from bt_ray.config import SweepConfig
 from bt_ray.errors import BtRayError, InfrastructureError, InfrastructureFailure, StorageError
 from bt_ray.failures import Side, side_of
 from bt_ray.fingerprint import StepKey
+from bt_ray.mlflow_runs import traced
 from bt_ray.node_disk import Scratch
 from bt_ray.results import Candidate, StepFailure, failure_of
 from bt_ray.storage import Storage, open_storage
@@ -67,7 +69,11 @@ def run_trial(params: dict[str, Any], setups: Mapping[str, TrialSetup]) -> None:
     """
     trial = params["trial"]
     strategy, folder, setup = trial["strategy"], f"trials/{trial['folder']}", setups[trial["variant"]]
-    with work_folder(setup.store.storage, folder) as here, _log_file(here / LOG):
+    with (
+        work_folder(setup.store.storage, folder) as here,
+        _log_file(here / LOG),
+        traced(setup.config, setup.run_dir, strategy, trial["variant"]),
+    ):
         reporter = _Reporter(setup.run_dir)
         try:
             failure = _walk(strategy, setup, here, reporter)
@@ -242,7 +248,7 @@ class _Reporter:
             self._best = step.score if self._best is None else max(self._best, step.score)
         values = {"prefix": step.prefix, "score": step.score, "best_score": self._best, "seconds": step.seconds}
         values |= {"tokens": step.prompt_tokens + step.completion_tokens, "loaded": loaded}
-        tune.report({**values, "example_errors": list(step.example_errors.items())})
+        tune.report({**values, "example_errors": json.dumps(step.example_errors)})
         self._reported = True
         if not loaded:
             self._metrics.step(step.seconds, step.requests, step.prompt_tokens, step.completion_tokens)
@@ -250,7 +256,7 @@ class _Reporter:
     def finish(self) -> None:
         if not self._reported:  # Ray Tune takes a trial that never reported for a lost one
             nothing = {"prefix": BASELINE, "score": None, "best_score": None, "seconds": 0.0, "tokens": 0}
-            tune.report({**nothing, "loaded": True, "example_errors": []})
+            tune.report({**nothing, "loaded": True, "example_errors": "{}"})
 
 
 def _dspy_settings(config: SweepConfig) -> dict[str, Any]:

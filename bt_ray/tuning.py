@@ -1,5 +1,6 @@
 """The trials of a sweep on Ray Tune: each walks a strategy under one variant of the settings."""
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from bt_ray.events import Event, Stage, StepFinished, TrialLost, TrialStarted
 from bt_ray.node_disk import Scratch
 from bt_ray.search_walk import SearchWalk
 from bt_ray.strategy import SEPARATOR
+from bt_ray.tune_loggers import tune_loggers
 
 if TYPE_CHECKING:
     from bt_ray.trial import TrialSetup
@@ -162,13 +164,19 @@ def _tuned(
                 trainable,
                 param_space=dict(space),
                 # Each trial gets a fresh process: a task may call `dspy.configure`, which one thread of a process may.
-                tune_config=TuneConfig(max_concurrent_trials=concurrent, reuse_actors=False, **how),
+                tune_config=TuneConfig(
+                    max_concurrent_trials=concurrent,
+                    reuse_actors=False,
+                    trial_name_creator=_folder,
+                    trial_dirname_creator=_folder,
+                    **how,
+                ),
                 run_config=RunConfig(
                     name="tune",
                     storage_path=str(own_files.folder),
                     verbose=0,
                     failure_config=FailureConfig(max_failures=config.trial.max_failures),
-                    callbacks=[_tune_callback(tell)],
+                    callbacks=[_tune_callback(tell), *tune_loggers(config.tracking, first.run_dir)],
                 ),
             )
             outcomes = [outcome for outcome in tuner.fit() if outcome.error is not None and outcome.config is not None]
@@ -177,6 +185,12 @@ def _tuned(
             raise _TuneFailed(error) from error
         except OSError as error:
             raise StorageError(f"{own_files.folder} on this machine cannot be written: {error}") from error
+
+
+def _folder(trial: Any) -> str:
+    """What Ray Tune calls a trial: as its folder in the run directory."""
+    folder: str = trial.config["trial"]["folder"]
+    return folder
 
 
 def last_failure(errors: str) -> str:
@@ -215,7 +229,7 @@ def _tune_callback(tell: Callable[[Event], None]) -> Any:
                     result["seconds"],
                     result["loaded"],
                     trial.config["trial"]["variant"],
-                    dict(result["example_errors"]),
+                    json.loads(result["example_errors"]),
                 )
             )
 
