@@ -1,5 +1,6 @@
 """The commands of `bt-ray`."""
 
+import contextlib
 import json
 import logging
 import os
@@ -271,22 +272,42 @@ def prune(
 @app.command()
 def serve(
     run_dir: BestArgument,
-    host: Annotated[str, typer.Option("--host", help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="A second model gets the port after it.")] = 8000,
+    host: Annotated[str, typer.Option("--host", help="The address to listen on, on this machine.")] = "127.0.0.1",
+    port: Annotated[
+        int | None,
+        typer.Option(
+            "--port", min=1, max=65535, help="A second model gets the port after it. Default: 8000; on a cluster a free one."
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help='Serve on a Ray cluster: "auto" or its address. Default: this machine.'),
+    ] = None,
 ) -> None:
-    """Serve the best program's model on this machine, OpenAI-compatible, until Ctrl-C. Prints the address and the token.
+    """Serve the best program's model, OpenAI-compatible, until Ctrl-C. Prints the address and the token.
 
-    The token is a new one, or that in the environment variable BT_RAY_SERVE_TOKEN.
+    It is served on this machine; with --address, or in a Ray job, on a node of the cluster that has the GPUs. The token is a
+    new one, or that in the environment variable BT_RAY_SERVE_TOKEN.
 
     Example: bt-ray serve runs/today --port 8000
+
+    On a cluster: ray job submit -- bt-ray serve /shared/runs/today
     """
-    with _told_errors():
+    with _told_errors(), contextlib.ExitStack() as opened:
         from bt_ray.best import find_best
-        from bt_ray.served_best import served_best
+        from bt_ray.preflight import inside_job
+        from bt_ray.served_best import here, served_best
 
         kept = find_best(run_dir)
+        if address is not None or inside_job():
+            from bt_ray.cluster import connected, on_cluster
+
+            opened.enter_context(connected(address, lambda event: None))
+            make_slot = on_cluster(kept.config, kept.storage.location, port or 0, typer.echo)
+        else:
+            make_slot = here(kept, host=host, port=port or 8000)
         typer.echo(f"Starting {len(kept.weights)} model server{'s' if len(kept.weights) > 1 else ''}")
-        with served_best(kept, host=host, port=port, token=os.environ.get("BT_RAY_SERVE_TOKEN")) as served:
+        with served_best(kept, make_slot, os.environ.get("BT_RAY_SERVE_TOKEN")) as served:
             for endpoint in served.endpoints:
                 typer.echo(f"model    {endpoint.weights_id}\naddress  {endpoint.url}/v1")
             urls = [endpoint.url for endpoint in served.endpoints]
@@ -351,6 +372,78 @@ def sweep(
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     if all(trial.error for trial in result.trials):
         raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def submit(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="SWEEP.TOML", help="The sweep's settings.", show_default=False)
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="The cluster's dashboard, http://host:8265. Default: RAY_API_SERVER_ADDRESS."),
+    ] = None,
+    strategy: StrategyOption = None,
+    run_dir: RunDirOption = None,
+    assignments: SetOption = None,
+    accept_changes: AcceptOption = False,
+    follow: Annotated[
+        str | None, typer.Option("--follow", metavar="JOB", help="Follow a job that was submitted before.")
+    ] = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return when it is submitted.")] = False,
+) -> None:
+    """Run a sweep as a job of a Ray cluster: submit it, and follow it until it ends, with its exit code.
+
+    The current directory travels with it, less what .gitignore names. The settings are checked here, the rest by the job
+    before anything expensive starts. Ctrl-C asks whether to stop the job. A cluster with token authentication wants
+    RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, as `ray job submit` does.
+
+    Example: bt-ray submit my/sweep.toml --address http://head:8265 --run-dir s3://bucket/runs/today
+
+    Example: bt-ray submit --follow raysubmit_Xe7cvjyGJCyuCvm2 --address http://head:8265
+    """
+    with _told_errors():
+        from bt_ray.jobs import Jobs, sweep_command
+
+        if (file is None) == (follow is None):
+            raise ConfigError("Give the sweep's TOML, or --follow with a job.")
+        if file is not None:
+            config = load_config(
+                file, {"strategies": strategy or None, "run_dir": run_dir}, assignments or (), refuse_relative=True
+            )
+            if config.run_dir is None:
+                raise ConfigError(
+                    "A job's own folder goes away with it: give --run-dir, a path that all nodes share, or a URI."
+                )
+            options = [part for given in strategy or () for part in ("--strategy", given)]
+            options += ["--run-dir", run_dir] if run_dir else []
+            options += [part for given in assignments or () for part in ("--set", given)]
+            command, folder = sweep_command(file, [*options, *(["--accept-changes"] if accept_changes else [])])
+        jobs = Jobs(address)
+        if file is not None:
+            follow = jobs.submit(command, folder)
+            typer.echo(f"Submitted {follow}: {command}", err=True)
+            if no_wait:
+                typer.echo(follow)
+                return
+        assert follow is not None
+        try:
+            code = jobs.follow(follow, lambda text: typer.echo(text, nl=False))
+        except KeyboardInterrupt:
+            if _wants_it_stopped(follow):
+                jobs.stop(follow)
+                _fail("The job is stopped; what finished is in the run directory.", EXIT_INTERRUPTED)
+            typer.echo(f"It goes on. bt-ray submit --follow {follow} --address {jobs.address}", err=True)
+            return
+    raise typer.Exit(code)
+
+
+def _wants_it_stopped(job: str) -> bool:
+    """Asks; nobody there to answer leaves the job alone."""
+    try:
+        return typer.confirm(f"\nStop the job {job} (otherwise it goes on)?", default=False, err=True)
+    except typer.Abort:
+        return False
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from bt_ray.config import SweepConfig
 from bt_ray.errors import ResourcesError
 from bt_ray.event_log import EventLog
 from bt_ray.events import Connected, Event, ServerChanged, ServerDid, ServerReplaced, Stage
-from bt_ray.preflight import check_resources, inside_job
+from bt_ray.preflight import check_one_server, check_resources, inside_job
 from bt_ray.storage import Storage
 
 Listener = Callable[[Event], None]
@@ -104,6 +104,32 @@ def opened_pool(config: SweepConfig, run_dir: str, needed: int, own: bool, tell:
         yield pool
     finally:
         _close(pool)
+
+
+def on_cluster(config: SweepConfig, run_dir: str, port: int, tell: Callable[[str], None]) -> Callable[[int, str], Any]:
+    """Makes slots on the cluster, for `bt_ray.served_best.served_best`.
+
+    Args:
+        config: The sweep's settings.
+        run_dir: Where the weights are.
+        port: Of the first server; others have the ports after it. 0: free ones.
+        tell: Told while there is no room.
+
+    Raises:
+        ResourcesError: No node of the cluster is large enough.
+    """
+    import ray
+
+    from bt_ray.actors.remote_slot import RemoteSlot
+
+    check_one_server(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+    def make(number: int, token: str) -> RemoteSlot:
+        its_port = port + number if port else 0
+        name = f"serve-{number + 1}"
+        return RemoteSlot(name, config.server, token=token, run_dir=run_dir, port=its_port, tell=tell)
+
+    return make
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 from dspy.teleprompt.bootstrap_finetune import FinetuneTeleprompter
 from dspy.teleprompt.teleprompt import Teleprompter
 
-from bt_ray.config import EveryStrategy, StrategySearch, SweepConfig
+from bt_ray.config import EveryStrategy, ServerConfig, StrategySearch, SweepConfig
 from bt_ray.errors import BtRayError, ConfigError, InfrastructureFailure, ResourcesError, TaskError
 from bt_ray.fingerprint import StepKey, step_keys
 from bt_ray.hosting import FailureLatch, NoModels
@@ -205,15 +205,27 @@ def check_resources(config: SweepConfig, nodes: Sequence[Mapping[str, float]]) -
     raise ResourcesError(f"{missing} (If the cluster adds nodes by itself: autoscaling = true.)")
 
 
-def _missing(config: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
-    server, trial = config.server, config.trial
-    slot = f"{_amount(server.gpus, 'GPU')} and {_amount(server.cpus, 'CPU')}" if server.gpus else _amount(server.cpus, "CPU")
+def check_one_server(config: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raises `ResourcesError` if no node of a fixed cluster is large enough for one server."""
+    if not config.autoscaling and (missing := _too_large(config.server, nodes)) is not None:
+        raise ResourcesError(missing)
+
+
+def _too_large(server: ServerConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
     for resource, needed in (("GPU", server.gpus), ("CPU", server.cpus)):
         largest = max((node.get(resource, 0) for node in nodes), default=0)
         if needed > largest:
             return (
                 f"A server needs {_amount(needed, resource)} on one node; the largest node has {_amount(largest, resource)}."
             )
+    return None
+
+
+def _missing(config: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
+    server, trial = config.server, config.trial
+    slot = f"{_amount(server.gpus, 'GPU')} and {_amount(server.cpus, 'CPU')}" if server.gpus else _amount(server.cpus, "CPU")
+    if (too_large := _too_large(server, nodes)) is not None:
+        return too_large
     free = sorted(({"CPU": node.get("CPU", 0), "GPU": node.get("GPU", 0)} for node in nodes), key=lambda n: -n["GPU"])
     placed = 0
     for node in free:

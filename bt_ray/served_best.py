@@ -6,16 +6,29 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from bt_ray.best import Kept
 from bt_ray.child import open_port
 from bt_ray.errors import ConfigError
 from bt_ray.serving.server import Endpoint
-from bt_ray.slot import Slot
+from bt_ray.slot import Slot, SlotStatus
 from bt_ray.weights import Weights
 
 LOOK_S = 1.0
 """Seconds between two looks at whether the servers are alive."""
+
+
+class Serving(Protocol):
+    """A slot, of this process or elsewhere."""
+
+    def serve(self, weights: Weights) -> Endpoint: ...
+    def status(self) -> SlotStatus: ...
+    def close(self) -> None: ...
+
+
+MakeSlot = Callable[[int, str], Serving]
+"""Makes the slot of this number, whose requests must bear the token."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +42,10 @@ class ServedBest:
 
     endpoints: tuple[Endpoint, ...]
     token: str = field(repr=False)
-    _slots: tuple[tuple[Slot, Weights], ...]
+    _slots: tuple[tuple[Serving, Weights], ...]
 
     def keep_up(self, tell: Callable[[str], None]) -> None:
-        """Start a server again that died or hangs, at the same address; returns never.
+        """Start a server again that died or hangs; returns never. It is at the same address, unless its node was lost.
 
         Raises:
             BtRayError: One did not start again.
@@ -43,17 +56,16 @@ class ServedBest:
                 status = slot.status()
                 if status.state == "dead":
                     tell(f"The server of {weights.id} is started again: {status.detail}")
-                    slot.serve(weights)
+                    tell(f"It is at {slot.serve(weights).url}/v1")
 
 
 @contextmanager
-def served_best(kept: Kept, *, host: str, port: int, token: str | None = None) -> Iterator[ServedBest]:
+def served_best(kept: Kept, make_slot: MakeSlot, token: str | None = None) -> Iterator[ServedBest]:
     """Serve what the program's predictors ask, one server for each model, until the context ends.
 
     Args:
         kept: The program.
-        host: The address to listen on.
-        port: The port of the first server; others have the ports after it.
+        make_slot: Makes the slots: `here(...)`, or the cluster's.
         token: What requests must bear; default: a new one.
 
     Raises:
@@ -64,23 +76,37 @@ def served_best(kept: Kept, *, host: str, port: int, token: str | None = None) -
         raise ConfigError("All models of this program are APIs': there is none to serve.")
     token = token or secrets.token_urlsafe(32)
     endpoints, slots = [], []
-    for number in range(len(kept.weights)):
-        _refuse_taken(host, port + number)
     with ExitStack() as opened:
-        for number, weights in enumerate(kept.weights.values()):
-            slot = Slot(
-                f"serve-{number + 1}",
-                kept.config.server,
-                token=token,
-                host=host,
-                storage=kept.storage,
-                keeps_records=False,
-                port=port + number,
-            )
+        made = [make_slot(number, token) for number in range(len(kept.weights))]
+        for slot, weights in zip(made, kept.weights.values(), strict=True):
             opened.callback(slot.close)
             slots.append((slot, weights))
             endpoints.append(slot.serve(weights))
         yield ServedBest(tuple(endpoints), token, tuple(slots))
+
+
+def here(kept: Kept, *, host: str, port: int) -> MakeSlot:
+    """Slots of this process.
+
+    Args:
+        kept: The program.
+        host: The address to listen on.
+        port: The port of the first server; others have the ports after it.
+    """
+
+    def make(number: int, token: str) -> Slot:
+        _refuse_taken(host, port + number)
+        return Slot(
+            f"serve-{number + 1}",
+            kept.config.server,
+            token=token,
+            host=host,
+            storage=kept.storage,
+            keeps_records=False,
+            port=port + number,
+        )
+
+    return make
 
 
 def _refuse_taken(host: str, port: int) -> None:

@@ -1,7 +1,7 @@
 """The actor that owns one slot for as long as it lives.
 
-The pool creates it, so it dies with the pool, which dies with the driver; the model process in it dies with it, however
-that happens.
+Who creates it, a sweep's pool or whoever serves the winner, takes it along in dying; the model process in it dies with it,
+however that happens.
 """
 
 from collections.abc import Sequence
@@ -34,9 +34,20 @@ class Served:
 class ModelServer:
     """`bt_ray.slot.Slot` as an actor. One that died is replaced by another, not started again."""
 
-    def __init__(self, name: str, config: ServerConfig, token: str, across_nodes: bool, run_dir: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: ServerConfig,
+        token: str,
+        across_nodes: bool,
+        run_dir: str,
+        *,
+        keeps_records: bool = True,
+        port: int = 0,
+    ) -> None:
         host = ray.util.get_node_ip_address() if across_nodes else "127.0.0.1"
-        self._slot = Slot(name, config, token=token, host=host, storage=open_storage(run_dir))
+        storage = open_storage(run_dir)
+        self._slot = Slot(name, config, token=token, host=host, storage=storage, keeps_records=keeps_records, port=port)
 
     def serve(self, weights: Weights, beside: Sequence[Weights]) -> Served:
         return Served(self._slot.serve(weights, beside), self._slot.change)

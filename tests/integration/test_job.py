@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,8 +15,10 @@ from conftest import SUPPORT
 from support.cluster import Cluster
 from support.processes import wait_for
 from support.sweep_files import toml
+from typer.testing import CliRunner
 
 import bt_ray
+from bt_ray.cli import app
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -60,6 +63,33 @@ def test_a_sweep_runs_as_a_job(cluster: Cluster, working_dir: Path, model: Path,
     program = bt_ray.load(tmp_path / "run" / "best", task=f"{working_dir}/task.py:double")
     assert len(program.demos) == 2
 
+    assert_served_on_the_cluster(cluster, tmp_path / "run")
+
+
+def assert_served_on_the_cluster(cluster: Cluster, run_dir: Path) -> None:
+    """`bt-ray serve` on a node, until Ctrl-C, which leaves nothing."""
+    output = run_dir.with_name("serve.txt")
+    command = [sys.executable, "-u", "-m", "bt_ray.cli", "serve", str(run_dir), "--address", cluster.address]
+    with output.open("w") as opened:
+        serving = subprocess.Popen(command, stdout=opened, stderr=subprocess.STDOUT, env=cluster.environment)
+    try:
+        wait_for("the address", lambda: "print(program" in output.read_text() or serving.poll() is not None, 60)
+        said = dict(re.findall(r"^(model|address|token) +(\S+)$", output.read_text(), re.MULTILINE))
+        program = bt_ray.load(run_dir, served_at=said["address"], token=said["token"], task=f"{SUPPORT}/tasks.py:double")
+        assert program(question="number 26").answer == "52"
+
+        actors = cluster.processes.named("ray::ModelServer")
+        assert len(actors) == 1
+        actors[0].kill()
+        wait_for("another server", lambda: "It is at" in output.read_text(), 60)
+        moved = re.findall(r"It is at (\S+)", output.read_text())[-1]
+        program = bt_ray.load(run_dir, served_at=moved, token=said["token"], task=f"{SUPPORT}/tasks.py:double")
+        assert program(question="number 25").answer == "50"
+    finally:
+        serving.send_signal(signal.SIGINT)
+        assert serving.wait(30) == 130
+    wait_for("its model process to be gone", lambda: not cluster.processes.models(), 20)
+
 
 def test_a_job_that_gives_a_relative_path_fails_with_the_reason(cluster: Cluster, working_dir: Path, model: Path) -> None:
     done = submit(cluster, working_dir, model, Path("runs/today"))
@@ -67,22 +97,112 @@ def test_a_job_that_gives_a_relative_path_fails_with_the_reason(cluster: Cluster
     assert "A job's working directory is a copy that goes away" in done.stdout
 
 
-@pytest.mark.parametrize("phase", ["scripted_server.py", "scripted_trainer.py"])
-def test_a_stopped_job_leaves_no_model_process(
-    cluster: Cluster, working_dir: Path, model: Path, tmp_path: Path, phase: str
-) -> None:
-    slow = (
-        (working_dir / "sweep.toml")
-        .read_text()
-        .replace("env = {", 'env = {SCRIPTED_DELAY_S = "1", SCRIPTED_TRAIN_S = "60", ')
-    )
-    (working_dir / "sweep.toml").write_text(slow)
+def slowed(working_dir: Path) -> None:
+    file = working_dir / "sweep.toml"
+    file.write_text(file.read_text().replace("env = {", 'env = {SCRIPTED_DELAY_S = "1", SCRIPTED_TRAIN_S = "60", '))
+
+
+def test_a_stopped_job_leaves_no_model_process(cluster: Cluster, working_dir: Path, model: Path, tmp_path: Path) -> None:
+    slowed(working_dir)
     submitted = submit(cluster, working_dir, model, tmp_path / "run", "--no-wait")
     job_id = re.search(r"raysubmit_\w+", submitted.stdout)
     assert job_id, submitted.stdout + submitted.stderr
-    wait_for(phase, lambda: cluster.processes.named(phase), 90)
+    wait_for("a server", lambda: cluster.processes.named("scripted_server.py"), 90)
     assert cluster.job("stop", job_id[0]).returncode == 0
     wait_for("all model processes to be gone", lambda: not cluster.processes.models(), 30)
+
+
+class Submitting:
+    """`bt-ray submit`, as a child process in the user's folder."""
+
+    def __init__(self, cluster: Cluster, folder: Path, *arguments: str, **environment: str) -> None:
+        command = [sys.executable, "-u", "-m", "bt_ray.cli", "submit", *arguments, "--address", cluster.url]
+        self.process = subprocess.Popen(
+            command,
+            env={**cluster.environment, **environment},
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def end(self) -> tuple[int, str]:
+        """Its exit code, and what it said."""
+        said, _ = self.process.communicate(timeout=120)
+        return self.process.returncode, said
+
+    def interrupt(self, answer: str) -> tuple[int, str]:
+        self.process.send_signal(signal.SIGINT)
+        said, _ = self.process.communicate(answer, timeout=60)
+        return self.process.returncode, said
+
+
+def test_a_submitted_sweep_is_followed_left_alone_and_stopped(
+    cluster: Cluster, working_dir: Path, model: Path, tmp_path: Path
+) -> None:
+    slowed(working_dir)
+    (working_dir / ".gitignore").write_text("large.bin\n")
+    (working_dir / "large.bin").write_bytes(b"0" * 200_000_000)  # more than a job may bring
+    options = ["sweep.toml", "--run-dir", str(tmp_path / "run"), "--set", f"model={model}", "--strategy", "w"]
+    submitting = Submitting(cluster, working_dir, *options)
+    wait_for("a training", lambda: cluster.processes.named("scripted_trainer.py"), 90)
+    code, said = submitting.interrupt("n\n")
+    job = re.search(r"Submitted (raysubmit_\w+): bt-ray sweep sweep.toml --strategy w", said)
+    assert job is not None, said
+    assert code == 0
+    assert f"It goes on. bt-ray submit --follow {job[1]} --address {cluster.url}" in said
+    assert "Placing 2 model servers" in said, "what the job says is told"
+
+    following = Submitting(cluster, working_dir, "--follow", job[1])
+    assert following.process.stdout is not None
+    wait_for("what it said before", lambda: "Placing 2 model servers" in following.process.stdout.readline(), 60)
+    assert cluster.processes.named("scripted_trainer.py")
+    code, said = following.interrupt("y\n")
+    assert code == 130
+    assert "The job is stopped" in said
+    wait_for("all model processes to be gone", lambda: not cluster.processes.models(), 30)
+
+
+def test_a_submitted_sweep_that_fails_gives_its_reason_and_its_exit_code(
+    cluster: Cluster, working_dir: Path, model: Path, tmp_path: Path
+) -> None:
+    options = ["sweep.toml", "--run-dir", str(tmp_path / "run"), "--set", f"model={model}", "--strategy", "x"]
+    code, said = Submitting(cluster, working_dir, *options).end()
+    assert code == 2
+    assert "error: " in said
+    job = re.search(r"raysubmit_\w+", said)
+    assert job is not None
+    again = Submitting(cluster, working_dir, "--follow", job[0]).end()
+    assert again[0] == 2
+    assert again[1].strip() in said
+
+    assert Submitting(cluster, working_dir, "--follow", "raysubmit_none").end() == (
+        2,
+        f"error: {cluster.url} has no job raysubmit_none.\n",
+    )
+    code, said = Submitting(cluster, working_dir, *options, RAY_AUTH_TOKEN="another" * 8).end()
+    assert code == 2
+    assert "wants another token: set RAY_AUTH_MODE=token" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "Give the sweep's TOML, or --follow with a job"),
+        (["sweep.toml"], "A job's own folder goes away with it"),
+        (["sweep.toml", "--run-dir", "runs/here"], "run_dir: runs/here is relative"),
+        (["sweep.toml", "--run-dir", "/shared/run"], "No jobs can be submitted to http://127.0.0.1:9"),
+    ],
+)
+def test_a_sweep_that_cannot_be_a_job_is_told_here(
+    working_dir: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], reason: str
+) -> None:
+    monkeypatch.chdir(working_dir)
+    model = ["--set", "model=org/model"] if arguments else []
+    told = CliRunner().invoke(app, ["submit", *arguments, *model, "--address", "http://127.0.0.1:9"])
+    assert told.exit_code == 2
+    assert reason in told.output
 
 
 def test_a_check_looks_at_the_cluster(cluster: Cluster, working_dir: Path, model: Path) -> None:

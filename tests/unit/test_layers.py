@@ -87,16 +87,28 @@ LAYERS: dict[str, set[str]] = {
         "preflight", "results", "run_directory", "run_lock", "search_walk", "state", "storage", "store", "strategy", "task",
         "trial", "tuning",
     },
+    "jobs": {"errors"},
     "starter": {"errors"},
     "status": {"errors", "event_log", "plan", "report", "run_directory", "state", "storage"},
     "cli": {
-        "best", "cluster", "config", "driver", "errors", "export", "plan", "preflight", "prune", "report", "run_directory",
-        "run_lock", "served_best", "starter", "status", "storage", "store",
+        "best", "cluster", "config", "driver", "errors", "export", "jobs", "plan", "preflight", "prune", "report",
+        "run_directory", "run_lock", "served_best", "starter", "status", "storage", "store",
     },
     "__init__": {"best", "config", "driver", "errors", "results", "served_models", "task", "teachers"},
 }  # fmt: skip
 
-RAY_FREE = set(LAYERS) - {"space", "tune_loggers", "actors", "trial", "cluster", "tuning", "driver", "cli", "__init__"}
+RAY_FREE = set(LAYERS) - {
+    "space",
+    "jobs",
+    "tune_loggers",
+    "actors",
+    "trial",
+    "cluster",
+    "tuning",
+    "driver",
+    "cli",
+    "__init__",
+}
 TORCH_FREE = {"torch", "trl", "peft", "transformers", "datasets", "accelerate"}
 
 

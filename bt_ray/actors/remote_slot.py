@@ -1,0 +1,82 @@
+"""A slot on whatever node of the cluster has room for it."""
+
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from bt_ray.actors.calls import ActorGone, ask
+from bt_ray.actors.model_server import ModelServer, Served
+from bt_ray.config import ServerConfig
+from bt_ray.errors import ServerError
+from bt_ray.serving.server import Endpoint
+from bt_ray.slot import SlotStatus
+from bt_ray.weights import Weights
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+ROOM_S = 15.0
+"""Seconds between two lines about a slot that waits for room."""
+STATUS_S = 30.0
+
+
+class RemoteSlot:
+    """Serves like a slot of this process, in an actor that is made with the first use, and again if its node is lost.
+
+    Args:
+        name: Its name in logs.
+        config: The server's settings, of which its resources.
+        token: What requests must bear.
+        run_dir: Where the weights are.
+        port: On the node; 0: a free one.
+        tell: Told while the cluster has no room.
+    """
+
+    def __init__(
+        self, name: str, config: ServerConfig, *, token: str, run_dir: str, port: int, tell: Callable[[str], None]
+    ) -> None:
+        self._name, self._config, self._token = name, config, token
+        self._run_dir, self._port, self._tell = run_dir, port, tell
+        self._actor: ActorHandle[Any] | None = None
+
+    def serve(self, weights: Weights) -> Endpoint:
+        """Serve `weights`, and return where; waits for room on the cluster.
+
+        Raises:
+            BtRayError: The server did not start.
+        """
+        if self._actor is None:
+            self._actor = self._placed()
+        served: Served = ask(self._actor.serve, weights, ())
+        return served.endpoint
+
+    def status(self) -> SlotStatus:
+        if self._actor is None:
+            return SlotStatus(state="dead", detail="its actor was lost")
+        try:
+            status: SlotStatus = ask(self._actor.status, timeout_s=STATUS_S)
+        except ActorGone as lost:
+            self._actor = None
+            return SlotStatus(state="dead", detail=str(lost))
+        except ServerError:
+            return SlotStatus(state="serving")  # it is busy, or its node is: Ray says when that is lost
+        return status
+
+    def close(self) -> None:
+        if self._actor is not None:
+            with contextlib.suppress(Exception):  # the connection may be gone, and with it the actor
+                ray.wait([self._actor.close.remote()], timeout=30)
+                ray.kill(self._actor)
+
+    def _placed(self) -> "ActorHandle[Any]":
+        config = self._config
+        actor = ModelServer.options(num_cpus=config.cpus, num_gpus=config.gpus).remote(  # type: ignore[attr-defined]
+            self._name, config, self._token, True, self._run_dir, keeps_records=False, port=self._port
+        )
+        ready = actor.__ray_ready__.remote()
+        while not ray.wait([ready], timeout=ROOM_S)[0]:
+            free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
+            self._tell(f"Waiting for a node with {config.cpus:g} CPUs and {config.gpus:g} GPUs; free now: {free}")
+        return actor

@@ -1,0 +1,125 @@
+"""Sweeps as jobs of a Ray cluster: submitted to its dashboard over HTTP, followed from anywhere, stopped on demand."""
+
+import asyncio
+import logging
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bt_ray.errors import ConfigError, InfrastructureError
+
+AGAIN_S = 2.0
+"""Seconds between two attempts to follow a job whose connection was lost."""
+ATTEMPTS = 30
+
+
+def sweep_command(file: Path, options: Sequence[str]) -> tuple[str, Path]:
+    """A job's command line that runs a sweep, and the folder that travels with it.
+
+    Args:
+        file: The sweep's TOML. The current directory travels if that is in it, else its own folder.
+        options: Those of `bt-ray sweep`.
+    """
+    file, folder = file.resolve(), Path.cwd()
+    if not file.is_relative_to(folder):
+        folder = file.parent
+    return shlex.join(["bt-ray", "sweep", str(file.relative_to(folder)), *options]), folder
+
+
+class Jobs:
+    """The jobs of a cluster.
+
+    Args:
+        address: Of its dashboard, `http://host:8265`. Default: RAY_API_SERVER_ADDRESS or RAY_ADDRESS.
+
+    Raises:
+        ConfigError: It does not answer, or refuses this machine's token.
+    """
+
+    def __init__(self, address: str | None) -> None:
+        from ray.exceptions import AuthenticationError
+        from ray.job_submission import JobSubmissionClient
+
+        logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of every file that it packs
+        try:
+            self._client = JobSubmissionClient(address)
+        except AuthenticationError as error:
+            raise ConfigError(
+                f"{address or 'the cluster'} wants another token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+                f"RAY_AUTH_TOKEN_PATH. {str(error).strip().partition(chr(10))[0]}"
+            ) from None
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"No jobs can be submitted to {address or 'a cluster'}: {error} Give the dashboard's address, as in "
+                "--address http://host:8265."
+            ) from None
+        self.address: str = self._client.get_address()
+
+    def submit(self, command: str, working_dir: Path) -> str:
+        """Submit a command with a folder, less what its .gitignore names; returns the job's id.
+
+        Raises:
+            InfrastructureError: The folder cannot be packed, or the cluster does not take it.
+        """
+        try:
+            job: str = self._client.submit_job(entrypoint=command, runtime_env={"working_dir": str(working_dir)})
+        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+            raise InfrastructureError(f"The job was not submitted: {error}") from None
+        return job
+
+    def follow(self, job: str, write: Callable[[str], None]) -> int:
+        """Write what a job says until it ends; returns its exit code.
+
+        Raises:
+            ConfigError: There is no such job.
+            InfrastructureError: The cluster is gone, or the job was ended before it had an exit code.
+        """
+        written, lost = 0, 0
+        while True:
+            try:
+                info = self._client.get_job_info(job)
+                if not info.status.is_terminal():
+                    written = asyncio.run(self._tail(job, write, written))
+                    info = self._client.get_job_info(job)
+                if info.status.is_terminal():
+                    write(self._client.get_job_logs(job)[written:])
+                    return _exit_code(job, info)
+                lost = 0
+            except RuntimeError as error:
+                if "does not exist" in str(error):
+                    raise ConfigError(f"{self.address} has no job {job}.") from None
+                lost = self._wait(lost, error)
+            except OSError as error:  # that of requests and of aiohttp is one, or has one
+                lost = self._wait(lost, error)
+
+    def stop(self, job: str) -> None:
+        """Stop a job, and wait until it has."""
+        self._client.stop_job(job)
+        while not self._client.get_job_status(job).is_terminal():
+            time.sleep(0.5)
+
+    async def _tail(self, job: str, write: Callable[[str], None], written: int) -> int:
+        """Write what follows the first characters, until the connection ends; returns how many there were in all."""
+        seen = 0
+        async for lines in self._client.tail_job_logs(job):
+            write(lines[max(0, written - seen) :])
+            seen += len(lines)
+            written = max(written, seen)
+        return written
+
+    @staticmethod
+    def _wait(lost: int, error: Exception) -> int:
+        if lost >= ATTEMPTS:
+            raise InfrastructureError(f"The cluster does not answer any more: {error}") from None
+        time.sleep(AGAIN_S)
+        return lost + 1
+
+
+def _exit_code(job: str, info: Any) -> int:
+    if info.driver_exit_code is not None:
+        return int(info.driver_exit_code)
+    if info.status == "SUCCEEDED":
+        return 0
+    raise InfrastructureError(f"The job {job} ended as {info.status}: {info.message}")
