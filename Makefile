@@ -4,7 +4,7 @@
 # make lint    sets everything up, then lint, format and types
 # make clean   removes what the other targets made
 
-# Most tests wait for processes. tests/conftest.py says which do not run side by side; those that take longer need it all.
+# Most tests wait for processes. tests/conftest.py says which do not run side by side.
 SIDE_BY_SIDE = -n 2
 
 .PHONY: demo test test-long lint clean
@@ -19,7 +19,8 @@ test:
 
 test-long:
 	@scripts/setup.sh
-	@.venv/bin/python -m pytest -m long
+	@.venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "long and not alone"
+	@.venv/bin/python -m pytest -m "long and alone"
 
 lint:
 	@scripts/setup.sh

@@ -87,7 +87,7 @@ def opened_pool(config: SweepConfig, run_dir: str, needed: int, own: bool, tell:
     minimum = min(needed, server.count)
     initial = minimum if config.autoscaling else server.count
     tell(Stage(f"Placing {initial} model server{'s' if initial > 1 else ''}"))
-    pool = ServerPool.remote(  # type: ignore[attr-defined]
+    pool = ServerPool.options(scheduling_strategy=beside_the_driver()).remote(  # type: ignore[attr-defined]
         ServerSettings(server, secrets.token_urlsafe(32), across_nodes, run_dir),
         Policy(
             limit=server.count,
@@ -104,6 +104,14 @@ def opened_pool(config: SweepConfig, run_dir: str, needed: int, own: bool, tell:
         yield pool
     finally:
         _close(pool)
+
+
+def beside_the_driver() -> Any:
+    """Where the sweep's own actors go: to the node whose loss ends the sweep anyway, not to one that comes and goes."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
 def on_cluster(config: SweepConfig, run_dir: str, port: int, tell: Callable[[str], None]) -> Callable[[int, str], Any]:
@@ -139,7 +147,9 @@ def step_claims(committed: Collection[str], first_fence: int) -> Iterator[Any]:
 
     from bt_ray.actors.step_claims import StepClaims
 
-    claims = StepClaims.remote(committed, first_fence)  # type: ignore[attr-defined]
+    claims = StepClaims.options(scheduling_strategy=beside_the_driver()).remote(  # type: ignore[attr-defined]
+        committed, first_fence
+    )
     try:
         yield claims
     finally:

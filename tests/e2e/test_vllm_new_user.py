@@ -83,7 +83,7 @@ def run_dir(user: User) -> Path:
     text = file.read_text()
     assert [line.partition(" =")[0] for line in text.splitlines() if "# EDIT" in line] == ["model", "count", "gpus"]
     file.write_text(re.sub(r'^model = "[^"]*"', f'model = "{user.model}"', text, flags=re.MULTILINE))
-    assert "4 strategies" in user.does("check", "first/sweep.toml")
+    assert "All good." in user.does("check", "first/sweep.toml")
     assert "To compute: 5" in user.does("plan", "first/sweep.toml")
     said = user.does("sweep", "first/sweep.toml")
     assert "Best program" in said
@@ -95,15 +95,17 @@ def test_the_sweep_is_told_of(user: User, run_dir: Path) -> None:
     assert Path(where.strip()).is_relative_to(user.python.parents[1])
     assert "ended" in user.does("status", "first/runs/first")
     page = Path(user.does("report", "first/runs/first").strip())
-    assert page.read_text().startswith("<!DOCTYPE html>")
+    assert page.read_text().startswith("<!doctype html>")
 
 
 @contextmanager
-def started(user: User, *command: str) -> Iterator[Path]:
+def started(user: User, *command: str, **environment: str) -> Iterator[Path]:
     """A command that runs until Ctrl-C; what it says goes to the file given."""
     output = user.home / "output.txt"
     with output.open("w") as opened:
-        process = subprocess.Popen(command, env=user.environment, cwd=user.home, stdout=opened, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env={**user.environment, **environment}, cwd=user.home, stdout=opened, stderr=subprocess.STDOUT
+        )
     try:
         yield output
     finally:
@@ -151,9 +153,13 @@ def test_the_winner_is_served_and_its_export_answers_the_same_without_bt_ray(use
     run = "sys.argv[0] = 'api_server'; runpy.run_module('vllm.entrypoints.openai.api_server', run_name='__main__')"
     options = ["--model", str(exported / "model"), "--served-model-name", "exported", "--port", str(port)]
     options += ["--host", "127.0.0.1", "--max-model-len", "4096", "--api-key", "key"]
-    with started(user, str(user.python), "-c", blocked + run, *options):
+    with started(user, str(user.python), "-c", blocked + run, *options, **ON_CPU):
         wait_for("vLLM alone", lambda: is_up(port), 180)
         assert raw_answers(f"http://127.0.0.1:{port}/v1", "exported", "key") == served
+
+
+ON_CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""What vLLM's CPU build needs on a machine that says nothing of its cores, and what makes it start sooner."""
 
 
 def is_up(port: int) -> bool:

@@ -29,7 +29,7 @@ from bt_ray.lm import assign_lm
 from bt_ray.results import SweepResult
 from bt_ray.storage import Storage, open_storage
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.alone]
 ALL = [" -> ".join(keys) for length in (1, 2, 3) for keys in itertools.product("pw", repeat=length)]
 TRIALS = ("ray::run_trial", "ray::ImplicitFunc")
 MOMENTS = [("commit", "training", "any", "any"), ("training", "commit", "any", "any")] * 2 + [("commit", "training") * 2]

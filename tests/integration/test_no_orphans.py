@@ -89,6 +89,7 @@ def model_server_actor(running: RunningSweep) -> None:
     running.kill("ray::ModelServer")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("victim", [trial_process, model_server_actor])
 def test_a_process_killed_during_a_training_costs_no_result_and_leaves_nothing(
     running: RunningSweep, victim: Callable[[RunningSweep], None]

@@ -1,6 +1,7 @@
 """A Ray head node in processes of its own, as `ray start --head` makes it."""
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -17,15 +19,20 @@ from support.processes import MarkedProcesses, wait_for
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
+HEAD_ID = "f" * 51 + "00000"
+"""What Ray's provider of fake nodes calls the head."""
+
+
 class Cluster:
-    """One head node, with token authentication.
+    """One head node, with token authentication; further nodes come and go by Ray's autoscaler, if there may be any.
 
     Args:
-        cpus: Its logical cores.
+        cpus: The head's logical cores.
         env: Added to its environment, which all its workers inherit.
+        gpu_nodes: How many nodes with a logical GPU there may be, beside the head.
     """
 
-    def __init__(self, cpus: int = 4, env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, cpus: int = 4, env: Mapping[str, str] | None = None, gpu_nodes: int = 0) -> None:
         self.processes = MarkedProcesses()
         self.temp_dir = Path("/tmp") / f"bt_ray_{secrets.token_hex(4)}"  # Ray's sockets need a short path
         self.environment = {
@@ -42,6 +49,11 @@ class Cluster:
         command += [f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
         command += [f"--temp-dir={self.temp_dir}"]
         command += [f"--dashboard-agent-listen-port={agent_port}"]  # the default is taken where another Ray runs
+        if gpu_nodes:
+            self.temp_dir.mkdir()
+            (self.temp_dir / "autoscaling.json").write_text(json.dumps(autoscaling(self.address, cpus, gpu_nodes)))
+            command += [f"--autoscaling-config={self.temp_dir / 'autoscaling.json'}"]
+            self.environment |= AUTOSCALER
         self.head = subprocess.Popen(command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def await_ready(self) -> None:
@@ -67,6 +79,63 @@ class Cluster:
         for process in self.processes.all():
             process.kill()
         shutil.rmtree(self.temp_dir, ignore_errors=True)
+
+
+AUTOSCALER = {
+    "RAY_FAKE_CLUSTER": "1",
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    "RAY_enable_autoscaler_v2": "1",
+    "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+    # A node whose raylet is gone is dead after 3 s.
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}
+
+
+def autoscaling(address: str, cpus: int, gpu_nodes: int) -> dict[str, Any]:
+    """The settings of Ray's autoscaler: processes on this machine that are nodes with a logical GPU."""
+    return {
+        "cluster_name": "fake",
+        "max_workers": gpu_nodes,
+        "idle_timeout_minutes": 0.1,
+        "provider": {
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+            "gcs_address": address,
+            "launch_multiple": True,
+            "head_node_id": HEAD_ID,
+        },
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": cpus}, "node_config": {}, "max_workers": 0},
+            "gpu": {
+                "resources": {"CPU": 2, "GPU": 1, "object_store_memory": 100_000_000},
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": gpu_nodes,
+            },
+        },
+        "head_node_type": "ray.head.default",
+        "upscaling_speed": 1.0,
+        "auth": {},
+        "docker": {},
+        "initialization_commands": [],
+        "setup_commands": [],
+        "head_setup_commands": [],
+        "worker_setup_commands": [],
+        "head_start_ray_commands": [],
+        "worker_start_ray_commands": [],
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+        "rsync_exclude": [],
+        "rsync_filter": [],
+    }
 
 
 def free_ports(count: int) -> list[int]:

@@ -1,0 +1,159 @@
+"""A job on a cluster that starts without GPU nodes, grows, loses nodes, shrinks: Ray's autoscaler with its fake nodes."""
+
+import contextlib
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from support.cluster import HEAD_ID, Cluster
+from support.object_store import ObjectStore
+from support.processes import wait_for
+from support.sweep_files import toml
+
+import bt_ray
+
+pytestmark = pytest.mark.long
+LIMIT = 3
+SCORES = {
+    ("p -> w", ""): 20.0,
+    ("p -> w", "p"): 40.0,
+    ("p -> w", "p -> w"): 70.0,
+    ("w -> p", ""): 20.0,
+    ("w -> p", "w"): 50.0,
+    ("w -> p", "w -> p"): 70.0,
+}
+
+
+@dataclass
+class NodeCount:
+    """How many GPU nodes the cluster has, over time, as Ray says."""
+
+    cluster: Cluster
+    seen: list[int] = field(default_factory=list)
+
+    def now(self) -> int:
+        headers = {"Authorization": f"Bearer {self.cluster.environment['RAY_AUTH_TOKEN']}"}
+        nodes = httpx.get(f"{self.cluster.url}/api/v0/nodes", headers=headers, timeout=30).json()["data"]["result"]["result"]
+        return sum(node["state"] == "ALIVE" and node["resources_total"].get("GPU", 0) > 0 for node in nodes)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(0.5):
+                self.seen.append(self.now())
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join(30)
+
+
+@pytest.fixture
+def sweep_toml(tmp_path: Path, settings: dict[str, Any]) -> Path:
+    values: dict[str, Any] = {**settings, "autoscaling": True}
+    del values["run_dir"]
+    values["server"] |= {"count": LIMIT, "gpus": 1, "idle_timeout_s": 4}
+    values["server"]["env"] |= {"SCRIPTED_DELAY_S": "0.3", "SCRIPTED_TRAIN_S": "8"}
+    (tmp_path / "sweep.toml").write_text(toml(values))
+    return tmp_path / "sweep.toml"
+
+
+def submitted(cluster: Cluster, sweep_toml: Path, run_dir: str) -> str:
+    """The id of the sweep's job. No folder travels with it: nodes of one machine would clean up each other's copies."""
+    done = cluster.job("submit", "--no-wait", "--", "bt-ray", "sweep", str(sweep_toml), "--run-dir", run_dir)
+    job = re.search(r"raysubmit_\w+", done.stdout)
+    assert job is not None, done.stdout + done.stderr
+    return job[0]
+
+
+def ended(cluster: Cluster, job: str) -> str:
+    """What a job said, which succeeded."""
+    followed = subprocess.run(
+        [sys.executable, "-m", "bt_ray.cli", "submit", "--follow", job, "--address", cluster.url],
+        env=cluster.environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert followed.returncode == 0, followed.stdout + followed.stderr
+    return followed.stdout
+
+
+def assert_the_undisturbed_result(run_dir: str) -> None:
+    result = bt_ray.SweepResult.read(f"{run_dir}/result.json")
+    found = {(c.strategy, c.prefix): c.score for c in result.candidates}
+    assert found == SCORES
+    assert result.test_score == 70.0
+
+
+@contextmanager
+def running(s3: ObjectStore) -> Iterator[Cluster]:
+    cluster = Cluster(gpu_nodes=LIMIT, env=s3.environment)
+    try:
+        cluster.await_ready()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def preempt(cluster: Cluster) -> int:
+    """End the GPU nodes with all that runs on them, as a cloud does; returns how many there were."""
+    raylets = [p for p in cluster.processes.named("raylet/raylet") if p.environ()["RAY_CLOUD_INSTANCE_ID"] != HEAD_ID]
+    for raylet in raylets:
+        for process in [*raylet.children(recursive=True), raylet]:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+    return len(raylets)
+
+
+def test_a_cluster_grows_with_a_sweep_and_shrinks_after_it(sweep_toml: Path, s3: ObjectStore, tmp_path: Path) -> None:
+    run_dir = f"s3://bucket/{tmp_path.name}/run"
+    with running(s3) as cluster:
+        nodes = NodeCount(cluster)
+        assert nodes.now() == 0
+        with nodes.watched():
+            logs = ended(cluster, submitted(cluster, sweep_toml, run_dir))
+            wait_for("the nodes to go", lambda: nodes.now() == 0, 60)
+        assert "The sweep waits for the cluster to grow" in logs
+        assert_the_undisturbed_result(run_dir)
+        assert 2 <= max(nodes.seen) <= LIMIT
+
+
+def test_nodes_that_are_preempted_cost_no_result(sweep_toml: Path, s3: ObjectStore, tmp_path: Path) -> None:
+    run_dir = f"s3://bucket/{tmp_path.name}/run"
+    with running(s3) as cluster:
+        nodes = NodeCount(cluster)
+        job = submitted(cluster, sweep_toml, run_dir)
+        wait_for("two trainings", lambda: len(cluster.processes.running("scripted_trainer.py")) == 2, 120)
+        assert preempt(cluster) >= 2
+        ended(cluster, job)
+        assert_the_undisturbed_result(run_dir)
+        wait_for("the nodes to go", lambda: nodes.now() == 0, 60)
+
+
+def test_a_new_cluster_goes_on_where_the_head_was_lost(sweep_toml: Path, s3: ObjectStore, tmp_path: Path) -> None:
+    run_dir = f"s3://bucket/{tmp_path.name}/run"
+    with running(s3) as cluster:
+        submitted(cluster, sweep_toml, run_dir)
+        wait_for("a training", lambda: cluster.processes.running("scripted_trainer.py"), 120)
+        for process in cluster.processes.all():
+            process.kill()
+    with running(s3) as cluster:
+        logs = ended(cluster, submitted(cluster, sweep_toml, run_dir))
+    assert "steps are finished already" in logs
+    assert_the_undisturbed_result(run_dir)
