@@ -111,7 +111,8 @@ def beside_the_driver() -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    # Not soft: Ray places an actor that asks for no resources anywhere then.
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def on_cluster(config: SweepConfig, run_dir: str, port: int, tell: Callable[[str], None]) -> Callable[[int, str], Any]:

@@ -13,6 +13,8 @@ from bt_ray.errors import ConfigError, InfrastructureError
 AGAIN_S = 2.0
 """Seconds between two attempts to follow a job whose connection was lost."""
 ATTEMPTS = 30
+JOB_ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": "30"}
+"""A job that is stopped gets the time to end its servers and to say what it is doing in the run directory."""
 
 
 def sweep_command(file: Path, options: Sequence[str]) -> tuple[str, Path]:
@@ -64,7 +66,9 @@ class Jobs:
             InfrastructureError: The folder cannot be packed, or the cluster does not take it.
         """
         try:
-            job: str = self._client.submit_job(entrypoint=command, runtime_env={"working_dir": str(working_dir)})
+            job: str = self._client.submit_job(
+                entrypoint=command, runtime_env={"working_dir": str(working_dir), "env_vars": JOB_ENVIRONMENT}
+            )
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             raise InfrastructureError(f"The job was not submitted: {error}") from None
         return job

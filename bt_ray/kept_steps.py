@@ -7,7 +7,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -97,12 +97,15 @@ class KeptSteps:
             yield claim
         except Exception as error:
             if side_of(error) is Side.INFRASTRUCTURE:
-                self._end(key, fence)
+                self._abandon(key, fence)
                 raise InfrastructureFailure(str(error)) from error
-            self._end(key, fence, failure_of(error))
+            try:
+                self._end(key, fence, failure_of(error))
+            except InfrastructureError as lost:
+                raise InfrastructureFailure(str(lost)) from lost
             raise
         except BaseException:
-            self._end(key, fence)
+            self._abandon(key, fence)
             raise
 
     def commit(self, key: StepKey, fence: int, outcome: StepOutcome, usage: Usage) -> StepOutcome:
@@ -157,6 +160,11 @@ class KeptSteps:
         assign_versions(program, step.weights, step.api_models, self._models, self._store.read_weights)
         load_state(program, self._store.read_program(step.program))
         return program
+
+    def _abandon(self, key: StepKey, fence: int | None) -> None:
+        """Let another trial compute the step. Claims that are lost too tell nothing new."""
+        with suppress(InfrastructureError):
+            self._end(key, fence)
 
     def _end(self, key: StepKey, fence: int | None, failure: StepFailure | None = None) -> None:
         if fence is not None:

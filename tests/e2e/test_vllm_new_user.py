@@ -121,17 +121,24 @@ def free_port() -> int:
         return port
 
 
-def raw_answers(address: str, model: str, token: str) -> list[str]:
-    """What a server says to some prompts, with the plain client."""
+def likely_starts(address: str, model: str, token: str) -> list[dict[str, float]]:
+    """With which token a server's answers to some prompts most likely begin, and how likely, with the plain client."""
+    found = []
     with openai.OpenAI(base_url=address, api_key=token, max_retries=0) as client:
-        prompts = ["The battery is a joy to use.", "It broke after a week.", "[[ ## review ## ]]\\nsupport", "answer"]
-        said = [
-            client.chat.completions.create(
-                model=model, messages=[{"role": "user", "content": prompt}], temperature=0, max_tokens=24
+        for prompt in ("The battery is a joy to use.", "It broke after a week.", "[[ ## review ## ]]\nsupport", "answer"):
+            answer = client.chat.completions.create(
+                model=model,
+                messages=[{"role": "user", "content": prompt}],
+                temperature=0,
+                max_tokens=1,
+                logprobs=True,
+                top_logprobs=1,
             )
-            for prompt in prompts
-        ]
-    return [answer.choices[0].message.content or "" for answer in said]
+            logprobs = answer.choices[0].logprobs
+            assert logprobs is not None
+            assert logprobs.content is not None
+            found.append({str(start.bytes): start.logprob for start in logprobs.content[0].top_logprobs})
+    return found
 
 
 def test_the_winner_is_served_and_its_export_answers_the_same_without_bt_ray(user: User, run_dir: Path) -> None:
@@ -140,8 +147,8 @@ def test_the_winner_is_served_and_its_export_answers_the_same_without_bt_ray(use
         wait_for("the address", lambda: "print(program" in output.read_text(), 180)
         said = dict(re.findall(r"^(model|address|token) +(\S+)$", output.read_text(), re.MULTILINE))
         with pytest.raises(openai.AuthenticationError):
-            raw_answers(said["address"], said["model"], "another")
-        served = raw_answers(said["address"], said["model"], said["token"])
+            likely_starts(said["address"], said["model"], "another")
+        served = likely_starts(said["address"], said["model"], said["token"])
         lines = re.search(r"^import bt_ray\n.*^program = .*?$", output.read_text(), re.MULTILINE | re.DOTALL)
         assert lines is not None
         assert user.runs(f"{lines[0]}\nprint(type(program).__name__)") == "Predict\n"
@@ -155,7 +162,8 @@ def test_the_winner_is_served_and_its_export_answers_the_same_without_bt_ray(use
     options += ["--host", "127.0.0.1", "--max-model-len", "4096", "--api-key", "key"]
     with started(user, str(user.python), "-c", blocked + run, *options, **ON_CPU):
         wait_for("vLLM alone", lambda: is_up(port), 180)
-        assert raw_answers(f"http://127.0.0.1:{port}/v1", "exported", "key") == served
+        exported_starts = likely_starts(f"http://127.0.0.1:{port}/v1", "exported", "key")
+        assert exported_starts == [pytest.approx(starts, abs=0.1) for starts in served]
 
 
 ON_CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

@@ -39,7 +39,9 @@ class SoleClaims:
 class OwnSteps(KeptSteps):
     """Keeps the steps of one strategy in `folder`, and lists what each gave."""
 
-    def __init__(self, folder: Path, strategy: str, program: dspy.Module, engine: ServedEngine) -> None:
+    def __init__(
+        self, folder: Path, strategy: str, program: dspy.Module, engine: ServedEngine, claims: SoleClaims | None = None
+    ) -> None:
         keys = {
             prefix: StepKey(prefix, digest(prefix), digest(parent(prefix)), {}, trains=False)
             for prefix in ["", *prefixes(strategy)]
@@ -47,7 +49,13 @@ class OwnSteps(KeptSteps):
         store = StepStore(open_storage(str(folder)))
         models = ServedModels(engine, make_config({"task": "unused:unused", "strategies": [strategy]}))
         super().__init__(
-            store, SoleClaims(), keys, program, models, give_back=lambda: None, on_step=lambda step, loaded: None
+            store,
+            claims or SoleClaims(),
+            keys,
+            program,
+            models,
+            give_back=lambda: None,
+            on_step=lambda step, loaded: None,
         )
         self.outcomes: list[StepOutcome] = []
 
