@@ -20,6 +20,7 @@ from bt_ray.results import SweepResult, TrialResult
 from bt_ray.storage import Storage
 from bt_ray.strategy import BASELINE, length
 
+logger = logging.getLogger(__name__)
 SWEEP_TAG, TRIAL_TAG = "bt_ray.sweep", "bt_ray.trial"
 """Which sweep a run is of, and which trial; the sweep's own run is of no trial."""
 CLOSE_S = 60.0
@@ -214,10 +215,25 @@ def mlflow_runs(config: SweepConfig, storage: Storage, tell: Callable[[Event], N
 
 @contextmanager
 def traced(config: SweepConfig, run_dir: str, strategy: str, variant: str) -> Iterator[None]:
-    """Have MLflow trace what DSPy does in this process, below the trial's run, if that is wanted."""
+    """Have MLflow trace what DSPy does in this process, below the trial's run, if that is wanted and MLflow is there."""
     if config.tracking.mlflow is None or not config.tracking.autolog:
         yield
         return
+    try:
+        flush = _trace(config, run_dir, _trial_name(strategy, variant))
+    except Exception as error:  # MLflow's own, those of requests, of SQLAlchemy
+        logger.warning("MLflow traces nothing of this trial: %s: %s", type(error).__name__, error)
+        yield
+        return
+    try:
+        yield
+    finally:
+        with contextlib.suppress(Exception):  # what is not told by now costs no result
+            flush()
+
+
+def _trace(config: SweepConfig, run_dir: str, trial: str) -> Callable[[], None]:
+    """Begin to trace; returns what ends it."""
     client = _client(config)  # the environment comes first
     import mlflow
     import mlflow.dspy
@@ -225,13 +241,16 @@ def traced(config: SweepConfig, run_dir: str, strategy: str, variant: str) -> It
     mlflow.set_tracking_uri(config.tracking.mlflow)
     experiment = _experiment(client, config)
     mlflow.set_experiment(experiment_id=experiment)
+    run_id = _awaited_run(client, experiment, run_dir, trial)
+    if run_id is not None:
+        mlflow.start_run(run_id=run_id)
     mlflow.dspy.autolog(log_traces_from_compile=True, silent=True)  # a trial is one compilation, of BetterTogether
-    run_id = _awaited_run(client, experiment, run_dir, _trial_name(strategy, variant))
-    with mlflow.start_run(run_id=run_id) if run_id is not None else contextlib.nullcontext():
-        try:
-            yield
-        finally:
-            mlflow.flush_trace_async_logging()
+
+    def end() -> None:
+        mlflow.flush_trace_async_logging()
+        mlflow.end_run()
+
+    return end
 
 
 def _awaited_run(client: Any, experiment: str, run_dir: str, trial: str) -> str | None:

@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 import bt_ray
 from bt_ray.cli import app
+from bt_ray.config import make_config
 from bt_ray.events import Stage, StepFinished
+from bt_ray.mlflow_runs import traced
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -106,6 +108,14 @@ def test_a_failed_strategy_is_a_failed_run(tracked: dict[str, Any]) -> None:
     _, found = runs(tracked)
     assert (found["sweep tasks"].info.status, found["p"].info.status) == ("FINISHED", "FAILED")
     assert "The evaluation was stopped after 10 failed examples" in found["p"].data.tags["error"]
+
+
+def test_a_trial_that_cannot_reach_its_tracking_server_runs_untraced(settings: dict[str, Any]) -> None:
+    config = make_config({**settings, "tracking": {"mlflow": "http://127.0.0.1:9", "autolog": True}})
+    ran = False
+    with traced(config, "runs/today", "p", ""):
+        ran = True
+    assert ran
 
 
 CHECKED: list[tuple[dict[str, Any], str]] = [
