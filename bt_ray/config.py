@@ -45,6 +45,8 @@ class ServerConfig(BaseModel):
     """Model servers (slots) of the sweep, at most."""
     gpus: float = Field(0, ge=0)
     """GPUs of each slot: 0 for CPU, a fraction to share one (such a slot cannot train), else the tensor parallel size."""
+    accelerator_type: str | None = Field(None, min_length=1)
+    """Kind of those GPUs, as Ray names it: `"H100"`, `"A100"`, `"L4"`. Default: any."""
     cpus: float = Field(1, gt=0)
     """CPU cores that Ray reserves for each slot."""
     threads: int | None = Field(None, ge=1)
@@ -85,6 +87,8 @@ class ServerConfig(BaseModel):
     def _check(self) -> Self:
         if self.gpus > 1 and self.gpus != int(self.gpus):
             raise ValueError(f"gpus = {self.gpus}: above 1, a slot takes whole GPUs")
+        if self.accelerator_type is not None and not self.gpus:
+            raise ValueError(f"accelerator_type = {self.accelerator_type!r}, and no GPUs: set gpus too")
         known = vllm_options()
         for key in self.engine_options:
             if key in ENGINE_OPTIONS_OF_BT_RAY:

@@ -212,8 +212,12 @@ def check_one_server(config: SweepConfig, nodes: Sequence[Mapping[str, float]]) 
 
 
 def _too_large(server: ServerConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
+    fitting = [node for node in nodes if _has_its_type(server, node)]
+    if not fitting and server.accelerator_type is not None:
+        types = sorted({name.removeprefix(OF_TYPE) for node in nodes for name in node if name.startswith(OF_TYPE)})
+        return f"No node has GPUs of the type {server.accelerator_type}; the cluster has {', '.join(types) or 'none'}."
     for resource, needed in (("GPU", server.gpus), ("CPU", server.cpus)):
-        largest = max((node.get(resource, 0) for node in nodes), default=0)
+        largest = max((node.get(resource, 0) for node in fitting), default=0)
         if needed > largest:
             return (
                 f"A server needs {_amount(needed, resource)} on one node; the largest node has {_amount(largest, resource)}."
@@ -221,14 +225,23 @@ def _too_large(server: ServerConfig, nodes: Sequence[Mapping[str, float]]) -> st
     return None
 
 
+OF_TYPE = "accelerator_type:"
+"""Begins the name of Ray's resource for nodes with GPUs of a type."""
+
+
+def _has_its_type(server: ServerConfig, node: Mapping[str, float]) -> bool:
+    return server.accelerator_type is None or node.get(OF_TYPE + server.accelerator_type, 0) > 0
+
+
 def _missing(config: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
     server, trial = config.server, config.trial
     slot = f"{_amount(server.gpus, 'GPU')} and {_amount(server.cpus, 'CPU')}" if server.gpus else _amount(server.cpus, "CPU")
     if (too_large := _too_large(server, nodes)) is not None:
         return too_large
-    free = sorted(({"CPU": node.get("CPU", 0), "GPU": node.get("GPU", 0)} for node in nodes), key=lambda n: -n["GPU"])
+    by_gpus = sorted(nodes, key=lambda node: -node.get("GPU", 0))
+    free = [{"CPU": node.get("CPU", 0), "GPU": node.get("GPU", 0)} for node in by_gpus]
     placed = 0
-    for node in free:
+    for node in (left for left, node in zip(free, by_gpus, strict=True) if _has_its_type(server, node)):
         while placed < server.count and node["CPU"] >= server.cpus - 1e-9 and node["GPU"] >= server.gpus - 1e-9:
             node["CPU"] -= server.cpus
             node["GPU"] -= server.gpus

@@ -30,6 +30,11 @@ class Served:
     change: Change
 
 
+def resources(config: ServerConfig) -> dict[str, Any]:
+    """What a slot takes of its node, as options of its actor."""
+    return {"num_cpus": config.cpus, "num_gpus": config.gpus, "accelerator_type": config.accelerator_type}
+
+
 @ray.remote(max_restarts=0, max_concurrency=8)
 class ModelServer:
     """`bt_ray.slot.Slot` as an actor. One that died is replaced by another, not started again."""

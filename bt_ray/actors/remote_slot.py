@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from bt_ray.actors.calls import ActorGone, ask
-from bt_ray.actors.model_server import ModelServer, Served
+from bt_ray.actors.model_server import ModelServer, Served, resources
 from bt_ray.config import ServerConfig
 from bt_ray.errors import ServerError
 from bt_ray.serving.server import Endpoint
@@ -72,7 +72,7 @@ class RemoteSlot:
 
     def _placed(self) -> "ActorHandle[Any]":
         config = self._config
-        actor = ModelServer.options(num_cpus=config.cpus, num_gpus=config.gpus).remote(  # type: ignore[attr-defined]
+        actor = ModelServer.options(**resources(config)).remote(  # type: ignore[attr-defined]
             self._name, config, self._token, True, self._run_dir, keeps_records=False, port=self._port
         )
         ready = actor.__ray_ready__.remote()

@@ -21,7 +21,7 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from bt_ray.actors.leases import Lease, ServerView
 from bt_ray.actors.liveness import until_dead
 from bt_ray.actors.metrics import PoolMetrics
-from bt_ray.actors.model_server import ModelServer, Served
+from bt_ray.actors.model_server import ModelServer, Served, resources
 from bt_ray.config import ServerConfig
 from bt_ray.errors import BtRayError, InfrastructureError, ServerError
 from bt_ray.events import LeaseChanged, ServerDid
@@ -208,7 +208,7 @@ class ServerPool:
 
     def _created(self, number: int) -> "ActorHandle[Any]":
         settings, config = self._settings, self._settings.config
-        return ModelServer.options(num_cpus=config.cpus, num_gpus=config.gpus).remote(  # type: ignore[attr-defined]
+        return ModelServer.options(**resources(config)).remote(  # type: ignore[attr-defined]
             f"server-{number}", config, settings.token, settings.across_nodes, settings.run_dir
         )
 
@@ -360,5 +360,6 @@ def _reason(error: BaseException) -> str:
 def _needs(config: ServerConfig) -> str:
     """What a server that is not placed yet waits for."""
     cpus = f"{config.cpus:g} CPU{'s' if config.cpus != 1 else ''}"
-    gpus = f"{config.gpus:g} GPU{'s' if config.gpus != 1 else ''} and " if config.gpus else ""
+    kind = f"{config.accelerator_type} " if config.accelerator_type else ""
+    gpus = f"{config.gpus:g} {kind}GPU{'s' if config.gpus != 1 else ''} and " if config.gpus else ""
     return f"needs {gpus}{cpus} on one node"

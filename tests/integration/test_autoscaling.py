@@ -66,7 +66,7 @@ class NodeCount:
 def sweep_toml(tmp_path: Path, settings: dict[str, Any]) -> Path:
     values: dict[str, Any] = {**settings, "autoscaling": True}
     del values["run_dir"]
-    values["server"] |= {"count": LIMIT, "gpus": 1, "idle_timeout_s": 4}
+    values["server"] |= {"count": LIMIT, "gpus": 1, "accelerator_type": "L4", "idle_timeout_s": 4}
     values["server"]["env"] |= {"SCRIPTED_DELAY_S": "0.3", "SCRIPTED_TRAIN_S": "8"}
     (tmp_path / "sweep.toml").write_text(toml(values))
     return tmp_path / "sweep.toml"

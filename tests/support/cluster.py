@@ -114,7 +114,7 @@ def autoscaling(address: str, cpus: int, gpu_nodes: int) -> dict[str, Any]:
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": cpus}, "node_config": {}, "max_workers": 0},
             "gpu": {
-                "resources": {"CPU": 2, "GPU": 1, "object_store_memory": 100_000_000},
+                "resources": {"CPU": 2, "GPU": 1, "accelerator_type:L4": 1, "object_store_memory": 100_000_000},
                 "node_config": {},
                 "min_workers": 0,
                 "max_workers": gpu_nodes,

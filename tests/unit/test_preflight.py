@@ -11,6 +11,10 @@ from bt_ray.errors import ResourcesError
 from bt_ray.preflight import check_resources
 
 TWO_CORES = [{"CPU": 2.0}]
+A100_AND_L4 = [
+    {"CPU": 8.0, "GPU": 8.0, "accelerator_type:A100": 1.0},
+    {"CPU": 8.0, "GPU": 1.0, "accelerator_type:L4": 1.0},
+]
 
 
 def config(autoscaling: bool = False, **server: Any) -> SweepConfig:
@@ -27,6 +31,13 @@ def config(autoscaling: bool = False, **server: Any) -> SweepConfig:
         ({"count": 2}, TWO_CORES, "2 servers of 1 CPU each leave no 0.1 CPU for a trial: the cluster has 2 CPUs."),
         ({"count": 3, "gpus": 1}, [{"CPU": 8.0, "GPU": 2.0}], "3 servers of 1 GPU and 1 CPU each"),
         ({"count": 1, "gpus": 1}, [{"CPU": 1.0, "GPU": 1.0}], "leave no 0.1 CPU for a trial"),
+        (
+            {"gpus": 1, "accelerator_type": "H100"},
+            A100_AND_L4,
+            "No node has GPUs of the type H100; the cluster has A100, L4.",
+        ),
+        ({"gpus": 2, "accelerator_type": "L4"}, A100_AND_L4, "needs 2 GPUs on one node; the largest node has 1 GPU."),
+        ({"count": 2, "gpus": 1, "accelerator_type": "L4"}, A100_AND_L4, "the cluster has room for 1"),
         ({}, [], "the largest node has 0 CPUs"),
     ],
 )
