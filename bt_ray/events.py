@@ -98,7 +98,8 @@ class ServerDid:
         at: Unix time in seconds.
         server: Its number.
         state: `"placing"` (it waits for room on the cluster), `"idle"`, `"serving, start"`, `"serving, swap"`,
-            `"serving, reopened"`, `"serving, kept"`, `"training"`, `"lost"`, `"failed"`, `"released"` or `"dead"`.
+            `"serving, reopened"`, `"serving, kept"`, `"training"`, `"lost"`, `"failed"`, `"leaving"` (its
+            node is going away), `"released"` or `"dead"`.
         weights_id: Of the weights that it serves, or trains from.
         seconds: What it took to get there.
         reason: Why, where that is not plain; after a failure with the process's last log lines.

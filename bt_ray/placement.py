@@ -23,7 +23,7 @@ class Policy:
     """How servers are shared out.
 
     Attributes:
-        limit: Servers at most.
+        limit: Servers at most, beside those that are leaving.
         minimum: Servers that are never released.
         turn_s: Seconds that a server stays with its shared leases while others wait.
         patience_s: Seconds that a lease waits for growth before a worse server than a new one is taken for it.
@@ -84,6 +84,7 @@ class Server:
         incarnation: Counts how often it came to serve something, so that news of an earlier time can be told.
         since: When it came to these weights, or in state PLACING when it was asked for, in seconds.
         idle_since: When its last lease ended.
+        leaving: Whether its node is going away: it gets no further lease, and ends with its last.
     """
 
     number: int
@@ -96,10 +97,11 @@ class Server:
     incarnation: int = 0
     since: float = 0.0
     idle_since: float = 0.0
+    leaving: bool = False
 
     @property
     def free(self) -> bool:
-        return self.state is State.READY and not self.leases and self.training is None
+        return self.state is State.READY and not self.leases and self.training is None and not self.leaving
 
     def serves(self, weights: Weights) -> bool:
         return weights.id in self.serving
@@ -152,7 +154,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Release:
-    """End a server: it is idle, and not needed."""
+    """End a server: it is idle and not needed, or leaving."""
 
     server: int
 
@@ -236,7 +238,7 @@ class Placement:
         server = self.servers.get(number)
         if server is None or server.incarnation != incarnation or server.state is not State.READY or not server.serving:
             return
-        if server.training is None:
+        if server.training is None and not server.leaving:
             self._serve(server, *server.serving.values())
 
     def stopped(self, number: int, now: float) -> None:
@@ -245,16 +247,23 @@ class Placement:
             server.state, server.idle_since = State.READY, now
             server.serving, server.base = {}, None
 
+    def leaves(self, number: int, now: float) -> None:
+        """A server's node is going away. What began there goes on; another server is created for what comes next."""
+        server = self.servers.get(number)
+        if server is None or server.leaving or server.state is State.PLACING:
+            return
+        server.leaving = True
+        if (server.leases or server.training is not None) and self._may_grow():
+            self.grow(now)
+        self._take_back_promised(server)
+
     def died(self, number: int) -> list[Ask]:
         """A server is gone. Returns the leases that were on it; those that were not granted yet wait again."""
         server = self.servers.pop(number, None)
         if server is None:
             return []
-        self.waiting += [ask for lease, ask in server.leases.items() if lease not in server.granted]
-        self.waiting.sort(key=lambda ask: ask.lease)
-        return [ask for lease, ask in server.leases.items() if lease in server.granted] + (
-            [server.training] if server.training is not None else []
-        )
+        self._take_back_promised(server)
+        return [*server.leases.values(), *([server.training] if server.training is not None else [])]
 
     def decide(self, now: float) -> list[Action]:
         """What to do now, in order."""
@@ -272,15 +281,16 @@ class Placement:
                     self._actions.append(Grant(server.leases[lease], server.number))
         placing = sum(server.state is State.PLACING for server in self.servers.values())
         for _ in range(len(self.waiting) + shared - placing):
-            if len(self.servers) < self.policy.limit:
+            if self._may_grow():
                 self.grow(now)
+        self._release_leaving()
         self._release_idle(now)
         actions, self._actions = self._actions, []
         return actions
 
     def _server_for(self, ask: Ask, now: float) -> Server | None:
         free = [server for server in self.servers.values() if server.free]
-        may_grow = len(self.servers) < self.policy.limit or any(s.state is State.PLACING for s in self.servers.values())
+        may_grow = self._may_grow() or any(s.state is State.PLACING for s in self.servers.values())
         impatient = not may_grow or now - ask.since >= self.policy.patience_s
         if ask.exclusive:
             return _first(free, self._worth) or (self._turn_over(ask, now) if impatient else None)
@@ -296,7 +306,7 @@ class Placement:
 
     def _shareable(self, ask: Ask) -> list[Server]:
         usable = (State.READY, State.CHANGING)
-        servers = [s for s in self.servers.values() if s.state in usable and s.training is None]
+        servers = [s for s in self.servers.values() if s.state in usable and s.training is None and not s.leaving]
         return [server for server in servers if server.serves(ask.weights) or self._has_room(server, ask.weights)]
 
     def _has_room(self, server: Server, weights: Weights) -> bool:
@@ -307,7 +317,8 @@ class Placement:
 
     def _turn_over(self, ask: Ask, now: float) -> Server | None:
         """A server that is to be taken back from its shared leases for `ask`."""
-        turns = [s for s in self.servers.values() if s.state is State.READY and s.leases and s.training is None]
+        ready = [s for s in self.servers.values() if s.state is State.READY and not s.leaving]
+        turns = [server for server in ready if server.leases and server.training is None]
         over = [server for server in turns if now - server.since >= self.policy.turn_s]
         return _first(over, lambda server: (server.base != ask.weights.base, len(server.leases), server.since))
 
@@ -337,14 +348,32 @@ class Placement:
         server.serving = {served.id: served for served in (weights, *beside)}
         self._actions.append(Serve(server.number, weights, beside))
 
+    def _may_grow(self) -> bool:
+        return sum(not server.leaving for server in self.servers.values()) < self.policy.limit
+
+    def _take_back_promised(self, server: Server) -> None:
+        """Leases on a server that were not granted yet wait again."""
+        for lease in server.leases.keys() - server.granted:
+            self.waiting.append(server.leases.pop(lease))
+        self.waiting.sort(key=lambda ask: ask.lease)
+
+    def _release_leaving(self) -> None:
+        """A server whose node is going away is of no use any more when nothing is on it."""
+        for server in list(self.servers.values()):
+            if server.leaving and server.state is State.READY and not server.leases and server.training is None:
+                self._release(server)
+
     def _release_idle(self, now: float) -> None:
         if self.waiting:
             return
         idle = [s for s in self.servers.values() if s.free and now - s.idle_since >= self.policy.idle_timeout_s]
         for server in sorted(idle, key=lambda server: server.idle_since):
             if len(self.servers) > self.policy.minimum:
-                del self.servers[server.number]
-                self._actions.append(Release(server.number))
+                self._release(server)
+
+    def _release(self, server: Server) -> None:
+        del self.servers[server.number]
+        self._actions.append(Release(server.number))
 
     def _holder(self, lease: int) -> str | None:
         asks = [*self.waiting, *(ask for server in self.servers.values() for ask in server.leases.values())]

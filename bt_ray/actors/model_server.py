@@ -54,6 +54,10 @@ class ModelServer:
         storage = open_storage(run_dir)
         self._slot = Slot(name, config, token=token, host=host, storage=storage, keeps_records=keeps_records, port=port)
 
+    def node(self) -> str:
+        """The id of its node."""
+        return str(ray.get_runtime_context().get_node_id())
+
     def serve(self, weights: Weights, beside: Sequence[Weights]) -> Served:
         return Served(self._slot.serve(weights, beside), self._slot.change)
 

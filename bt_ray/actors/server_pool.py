@@ -19,7 +19,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from bt_ray.actors.leases import Lease, ServerView
-from bt_ray.actors.liveness import until_dead
+from bt_ray.actors.liveness import draining_nodes, until_dead
 from bt_ray.actors.metrics import PoolMetrics
 from bt_ray.actors.model_server import ModelServer, Served, resources
 from bt_ray.config import ServerConfig
@@ -29,7 +29,7 @@ from bt_ray.placement import Action, Ask, Grant, Grow, Placement, Policy, Releas
 from bt_ray.serving.server import Endpoint
 from bt_ray.weights import Weights
 
-TICK_S = 1.0
+TICK_S, DRAIN_S = 1.0, 5.0
 STATUS_S = 10.0
 DEATHS = 3
 """How often the servers may die that a lease waits for, or fail to be created, before it fails."""
@@ -70,6 +70,7 @@ class ServerPool:
         self._placement = Placement(policy)
         self._initial = initial
         self._actors: dict[int, ActorHandle[Any]] = {}
+        self._nodes: dict[int, str] = {}
         self._endpoints: dict[int, Endpoint] = {}
         self._waiting: dict[int, asyncio.Future[Lease]] = {}
         self._by_request: dict[str, int] = {}
@@ -173,6 +174,7 @@ class ServerPool:
             for _ in range(self._initial):
                 self._placement.grow(time.monotonic())
             self._run(self._tick())
+            self._run(self._leave_draining_nodes())
             self._decide()
 
     async def _tick(self) -> None:
@@ -180,6 +182,18 @@ class ServerPool:
         while True:
             await asyncio.sleep(TICK_S)
             self._decide()
+
+    async def _leave_draining_nodes(self) -> None:
+        """Nothing new begins on a server whose node is going away."""
+        while True:
+            await asyncio.sleep(DRAIN_S)
+            draining: set[str] = set()
+            with contextlib.suppress(Exception):  # Ray's head is out of reach for a while
+                draining = await asyncio.to_thread(draining_nodes)
+            for number in [number for number, node in self._nodes.items() if node in draining]:
+                self._note_server(number, "leaving", reason=f"its node {self._nodes.pop(number)[:12]} is being drained")
+                self._placement.leaves(number, time.monotonic())
+                self._decide()
 
     def _decide(self) -> None:
         for action in self._placement.decide(time.monotonic()):
@@ -202,7 +216,10 @@ class ServerPool:
             case Stop(number):
                 self._run(self._stop(number, self._actors[number]))
             case Release(number):
-                self._note_server(number, "released", reason="idle")
+                self._note_server(
+                    number, "released", reason="idle" if number in self._nodes else "its node is being drained"
+                )
+                self._nodes.pop(number, None)
                 self._endpoints.pop(number, None)
                 self._run(self._close(self._actors.pop(number)))
 
@@ -214,7 +231,7 @@ class ServerPool:
 
     async def _place(self, number: int, actor: "ActorHandle[Any]") -> None:
         try:
-            await actor.__ray_ready__.remote()
+            self._nodes[number] = await actor.node.remote()
         except RayError as error:
             self._not_created.append(_reason(error))
             if len(self._not_created) % DEATHS == 0:
@@ -231,6 +248,7 @@ class ServerPool:
     def _died(self, number: int, reason: str) -> None:
         if self._actors.pop(number, None) is None:
             return  # it was released, or the pool is being closed
+        self._nodes.pop(number, None)
         self._endpoints.pop(number, None)
         self._note_server(number, "dead", reason=reason)
         promised = [ask for ask in self._leases_on(number) if ask.lease in self._waiting]

@@ -285,7 +285,7 @@ def _segments(storage: Storage, started: float, until: float) -> Iterator[Segmen
     events = [_line(line) for line in (storage.read(EVENTS) or b"").decode().splitlines()]
     changes: dict[int, list[Mapping[str, Any]]] = {}
     for change in events:
-        if change.get("kind") == "server" and change["at"] >= started:
+        if change.get("kind") == "server" and change["state"] != "leaving" and change["at"] >= started:
             changes.setdefault(change["server"], []).append(change)
     for server, told in sorted(changes.items()):
         for event, after in zip(told, [*told[1:], None], strict=True):

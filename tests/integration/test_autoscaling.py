@@ -1,6 +1,7 @@
 """A job on a cluster that starts without GPU nodes, grows, loses nodes, shrinks: Ray's autoscaler with its fake nodes."""
 
 import contextlib
+import json
 import re
 import subprocess
 import sys
@@ -14,12 +15,13 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from support.cluster import HEAD_ID, Cluster
+from support.cluster import HEAD_ID, RAY, Cluster
 from support.object_store import ObjectStore
 from support.processes import wait_for
 from support.sweep_files import toml
 
 import bt_ray
+from bt_ray.storage import open_storage
 
 pytestmark = pytest.mark.long
 LIMIT = 3
@@ -144,6 +146,40 @@ def test_nodes_that_are_preempted_cost_no_result(sweep_toml: Path, s3: ObjectSto
         ended(cluster, job)
         assert_the_undisturbed_result(run_dir)
         wait_for("the nodes to go", lambda: nodes.now() == 0, 60)
+
+
+def drain(cluster: Cluster, node: str) -> None:
+    """Tell Ray that a node is about to be taken back, as a cloud's warning does."""
+    command = [RAY, "drain-node", f"--address={cluster.address}", f"--node-id={node}"]
+    command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=60"]
+    done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def node_of(process: psutil.Process) -> str:
+    """The id of the node that a process is on, however deep below its raylet."""
+    raylet = next(parent for parent in process.parents() if "raylet/raylet" in " ".join(parent.cmdline()))
+    return str(raylet.environ()["RAY_OVERRIDE_NODE_ID_FOR_TESTING"])
+
+
+def test_a_node_that_is_being_drained_ends_what_it_does_and_gets_nothing_new(
+    sweep_toml: Path, s3: ObjectStore, tmp_path: Path
+) -> None:
+    run_dir = f"s3://bucket/{tmp_path.name}/run"
+    with running(s3) as cluster:
+        job = submitted(cluster, sweep_toml, run_dir)
+        (trainer, *_) = wait_for("a training", lambda: cluster.processes.running("scripted_trainer.py"), 120)
+        drain(cluster, node_of(trainer))
+        ended(cluster, job)
+    assert_the_undisturbed_result(run_dir)
+    events = [json.loads(line) for line in (open_storage(run_dir).read("events.jsonl") or b"").decode().splitlines()]
+    (left,) = [event for event in events if event.get("state") == "leaving"]
+    after = [event for event in events if event.get("server") == left["server"] and event["at"] > left["at"]]
+    assert "granted" not in {event["state"] for event in after}
+    assert after[-1]["state"] == "released"
+    assert "is being drained" in after[-1]["reason"]
+    trained = [event for event in events if event["state"] == "training"]
+    assert len(trained) == 2, "no training was lost"
 
 
 def test_a_new_cluster_goes_on_where_the_head_was_lost(sweep_toml: Path, s3: ObjectStore, tmp_path: Path) -> None:

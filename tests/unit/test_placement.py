@@ -237,6 +237,21 @@ def test_a_lost_server_is_brought_back_with_all_that_it_served() -> None:
     assert {serve.weights.id, *(weights.id for weights in serve.beside)} == {"a", "a-ft-x1", "a-ft-x2"}
 
 
+def test_a_server_whose_node_goes_away_keeps_what_it_does_and_gets_nothing_new() -> None:
+    pool = Pool(limit=1)
+    training = pool.ask(A, exclusive=True)
+    waiting = pool.ask(B)
+    assert (pool.server_of(training), pool.server_of(waiting)) == (0, None)
+    pool.placement.leaves(0, pool.now)
+    pool.settle(1)
+    assert (pool.server_of(training), pool.server_of(waiting)) == (0, 1), "another server in its place, at once"
+    pool.end(training)
+    assert Release(0) in pool.done
+    pool.placement.leaves(1, pool.now)
+    pool.end(waiting)
+    assert pool.server_of(pool.ask(B)) == 2
+
+
 class RandomEvents(RuleBasedStateMachine):
     """Whatever happens in whatever order, the laws hold after each decision."""
 
@@ -258,6 +273,7 @@ class RandomEvents(RuleBasedStateMachine):
                 case Grant(ask, number):
                     server = self.placement.servers[number]
                     assert ask.lease not in self.granted, "granted twice"
+                    assert not server.leaving, "nobody is sent to a node that is going away"
                     assert server.state is State.READY
                     assert ask.exclusive or server.serves(ask.weights), "a lease begins on the weights it is for"
                     self.granted[ask.lease] = number
@@ -272,6 +288,9 @@ class RandomEvents(RuleBasedStateMachine):
                     assert number in self.placement.servers
                 case Release(number):
                     assert number not in self.placement.servers
+
+    def staying(self) -> list[Server]:
+        return [server for server in self.placement.servers.values() if not server.leaving]
 
     def in_state(self, state: State) -> list[Server]:
         return [server for server in self.placement.servers.values() if server.state is state]
@@ -327,6 +346,12 @@ class RandomEvents(RuleBasedStateMachine):
         self.ended |= {ask.lease for ask in self.placement.died(number)}
         self.decide()
 
+    @precondition(lambda self: self.placement.servers)
+    @rule(data=st.data())
+    def drain(self, data: st.DataObject) -> None:
+        self.placement.leaves(data.draw(st.sampled_from(sorted(self.placement.servers))), self.now)
+        self.decide()
+
     @rule(seconds=st.floats(0, 60))
     def wait(self, seconds: float) -> None:
         self.now += seconds
@@ -351,7 +376,7 @@ class RandomEvents(RuleBasedStateMachine):
 
     @invariant()
     def no_server_idles_while_a_lease_waits_that_it_could_serve(self) -> None:
-        may_grow = len(self.placement.servers) < 3 or bool(self.in_state(State.PLACING))
+        may_grow = len(self.staying()) < 3 or bool(self.in_state(State.PLACING))
         for server in (server for server in self.placement.servers.values() if server.free):
             for ask in self.placement.waiting:
                 other_base = not ask.exclusive and server.base not in (None, ask.weights.base)
@@ -360,7 +385,7 @@ class RandomEvents(RuleBasedStateMachine):
 
     @invariant()
     def no_adapter_waits_that_a_server_has_room_for(self) -> None:
-        for server in self.in_state(State.READY):
+        for server in (server for server in self.in_state(State.READY) if not server.leaving):
             adapters = {ask.weights.id for ask in server.leases.values() if ask.weights.on is not None}
             for ask in self.placement.waiting:
                 if server.leases and not ask.exclusive and ask.weights.on is not None and ask.weights.base == server.base:
@@ -368,7 +393,12 @@ class RandomEvents(RuleBasedStateMachine):
 
     @invariant()
     def there_are_no_more_servers_than_the_limit(self) -> None:
-        assert len(self.placement.servers) <= 3
+        assert len(self.staying()) <= 3
+
+    @invariant()
+    def a_server_that_leaves_goes_when_nothing_is_on_it(self) -> None:
+        for server in self.in_state(State.READY):
+            assert not server.leaving or server.leases or server.training
 
 
 class RandomEventsWithAdapters(RandomEvents):
