@@ -13,12 +13,14 @@ from bt_ray.config import SweepConfig
 from bt_ray.errors import ResourcesError
 from bt_ray.event_log import EventLog
 from bt_ray.events import Connected, Event, ServerChanged, ServerDid, ServerReplaced, Stage
-from bt_ray.preflight import check_one_server, check_resources, inside_job
+from bt_ray.preflight import check_one_server, check_resources, inside_job, too_large
 from bt_ray.storage import Storage
 
 Listener = Callable[[Event], None]
 PLACING_NEWS_S = 15.0
 """Seconds between two lines about servers that wait for room."""
+AUTOSCALER_S, LOOK_S = 10.0, 5.0
+"""Seconds after which the autoscaler is asked about servers that wait for room, and between two such looks."""
 REPLACED = ("serving, start", "dead")
 """States of a server that nobody expected, where a reason is given."""
 
@@ -100,7 +102,7 @@ def opened_pool(config: SweepConfig, run_dir: str, needed: int, own: bool, tell:
         initial,
     )
     try:
-        _await_placement(pool, initial, tell)
+        _await_placement(pool, initial, config, tell)
         yield pool
     finally:
         _close(pool)
@@ -158,21 +160,47 @@ def step_claims(committed: Collection[str], first_fence: int) -> Iterator[Any]:
             ray.kill(claims)
 
 
-def _await_placement(pool: Any, count: int, tell: Listener) -> None:
+def _await_placement(pool: Any, count: int, config: SweepConfig, tell: Listener) -> None:
     import ray
 
-    told = time.monotonic()
+    began = told = looked = time.monotonic()
     while True:
         placed, _, not_created = ray.get(pool.placed.remote())
         if not_created:
             raise ResourcesError(f"A model server's actor cannot be started: {not_created[-1]}")
         if placed >= count:
             return
-        if time.monotonic() - told > PLACING_NEWS_S:
-            told = time.monotonic()
+        now = time.monotonic()
+        if config.autoscaling and now - began > AUTOSCALER_S and now - looked > LOOK_S:
+            looked = now
+            if _can_never_be_placed(config):
+                raise ResourcesError(
+                    f"A server needs {config.server.resources} on one node, and the cluster's autoscaler has no type of "
+                    "node with that. Make the servers smaller, or give the cluster such nodes."
+                )
+        if now - told > PLACING_NEWS_S:
+            told = now
             free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
             tell(Stage(f"Waiting for room for {count - placed} of {count} servers; free now: {free}"))
         time.sleep(0.1)  # Ray tells nobody when an actor is placed but who waits for a call of it
+
+
+def _can_never_be_placed(config: SweepConfig) -> bool:
+    """Whether the autoscaler (v2 says so) cannot satisfy a request for a server, which no node is large enough for either.
+
+    It says the same of one that waits for a node which others use: then there is such a node.
+    """
+    import ray
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if too_large(config.server, nodes) is None:
+        return False
+    client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+    state = GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=10)).autoscaling_state
+    wanted = {"CPU": config.server.cpus, "GPU": config.server.gpus}
+    bundles = [request.resources_bundle for request in state.infeasible_resource_requests]
+    return any(all(bundle.get(name, 0) == amount for name, amount in wanted.items()) for bundle in bundles)
 
 
 def _close(pool: Any) -> None:

@@ -104,6 +104,13 @@ class ServerConfig(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
     @property
+    def resources(self) -> str:
+        """What a slot takes of its node, in words."""
+        cpus = f"{self.cpus:g} CPU{'' if self.cpus == 1 else 's'}"
+        kind = f"{self.accelerator_type} " if self.accelerator_type else ""
+        return f"{self.gpus:g} {kind}GPU{'' if self.gpus == 1 else 's'} and {cpus}" if self.gpus else cpus
+
+    @property
     def adapters(self) -> int:
         """Adapters that a server serves at once; 0 where fine-tunes are merged."""
         return self.max_loras if self.fine_tunes == "adapters" else 0

@@ -207,11 +207,12 @@ def check_resources(config: SweepConfig, nodes: Sequence[Mapping[str, float]]) -
 
 def check_one_server(config: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> None:
     """Raises `ResourcesError` if no node of a fixed cluster is large enough for one server."""
-    if not config.autoscaling and (missing := _too_large(config.server, nodes)) is not None:
+    if not config.autoscaling and (missing := too_large(config.server, nodes)) is not None:
         raise ResourcesError(missing)
 
 
-def _too_large(server: ServerConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
+def too_large(server: ServerConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
+    """Why no node, even an idle one, has room for a server; None if one has."""
     fitting = [node for node in nodes if _has_its_type(server, node)]
     if not fitting and server.accelerator_type is not None:
         types = sorted({name.removeprefix(OF_TYPE) for node in nodes for name in node if name.startswith(OF_TYPE)})
@@ -235,9 +236,8 @@ def _has_its_type(server: ServerConfig, node: Mapping[str, float]) -> bool:
 
 def _missing(config: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
     server, trial = config.server, config.trial
-    slot = f"{_amount(server.gpus, 'GPU')} and {_amount(server.cpus, 'CPU')}" if server.gpus else _amount(server.cpus, "CPU")
-    if (too_large := _too_large(server, nodes)) is not None:
-        return too_large
+    if (missing := too_large(server, nodes)) is not None:
+        return missing
     by_gpus = sorted(nodes, key=lambda node: -node.get("GPU", 0))
     free = [{"CPU": node.get("CPU", 0), "GPU": node.get("GPU", 0)} for node in by_gpus]
     placed = 0
@@ -248,13 +248,13 @@ def _missing(config: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> str |
             placed += 1
     if placed < server.count:
         return (
-            f"The sweep asks for {server.count} servers of {slot} each; the cluster has room for {placed}. "
+            f"The sweep asks for {server.count} servers of {server.resources} each; the cluster has room for {placed}. "
             f"Set server.count to {max(1, placed)}, or make the servers smaller."
         )
     if max(node["CPU"] for node in free) < trial.cpus - 1e-9:
         total = sum(node.get("CPU", 0) for node in nodes)
         return (
-            f"{server.count} servers of {slot} each leave no {trial.cpus} CPU for a trial: the cluster has "
+            f"{server.count} servers of {server.resources} each leave no {trial.cpus} CPU for a trial: the cluster has "
             f"{_amount(total, 'CPU')}. Set server.cpus a little lower (server.threads stays what it is), or trial.cpus."
         )
     return None

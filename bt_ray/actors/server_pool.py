@@ -334,7 +334,7 @@ class ServerPool:
         holders = tuple(dict.fromkeys(ask.holder.partition("#")[0] for ask in asks))
         state, weights_id, detail = server.state.value, next(iter(server.serving), None), ""
         if server.state is State.PLACING:
-            detail = _needs(self._settings.config)
+            detail = f"needs {self._settings.config.resources} on one node"
         elif actor is not None:
             with contextlib.suppress(RayError, TimeoutError):
                 status = await asyncio.wait_for(asyncio.wrap_future(actor.status.remote().future()), STATUS_S)
@@ -373,11 +373,3 @@ def _reason(error: BaseException) -> str:
     while isinstance(inner := getattr(error, "cause", None), BaseException):
         error = inner
     return str(error).strip().partition("\n")[0] or repr(error)
-
-
-def _needs(config: ServerConfig) -> str:
-    """What a server that is not placed yet waits for."""
-    cpus = f"{config.cpus:g} CPU{'s' if config.cpus != 1 else ''}"
-    kind = f"{config.accelerator_type} " if config.accelerator_type else ""
-    gpus = f"{config.gpus:g} {kind}GPU{'s' if config.gpus != 1 else ''} and " if config.gpus else ""
-    return f"needs {gpus}{cpus} on one node"

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -82,9 +83,9 @@ def submitted(cluster: Cluster, sweep_toml: Path, run_dir: str) -> str:
     return job[0]
 
 
-def ended(cluster: Cluster, job: str) -> str:
-    """What a job said, which succeeded."""
-    followed = subprocess.run(
+def followed(cluster: Cluster, job: str) -> tuple[int, str]:
+    """A job's exit code, and what it said."""
+    done = subprocess.run(
         [sys.executable, "-m", "bt_ray.cli", "submit", "--follow", job, "--address", cluster.url],
         env=cluster.environment,
         capture_output=True,
@@ -92,8 +93,14 @@ def ended(cluster: Cluster, job: str) -> str:
         timeout=240,
         check=False,
     )
-    assert followed.returncode == 0, followed.stdout + followed.stderr
-    return followed.stdout
+    return done.returncode, done.stdout + done.stderr
+
+
+def ended(cluster: Cluster, job: str) -> str:
+    """What a job said, which succeeded."""
+    code, logs = followed(cluster, job)
+    assert code == 0, logs
+    return logs
 
 
 def assert_the_undisturbed_result(run_dir: str) -> None:
@@ -146,6 +153,18 @@ def test_nodes_that_are_preempted_cost_no_result(sweep_toml: Path, s3: ObjectSto
         ended(cluster, job)
         assert_the_undisturbed_result(run_dir)
         wait_for("the nodes to go", lambda: nodes.now() == 0, 60)
+
+
+def test_what_no_type_of_node_has_is_told_and_not_waited_for(sweep_toml: Path, s3: ObjectStore, tmp_path: Path) -> None:
+    sweep_toml.write_text(sweep_toml.read_text().replace("gpus = 1", "gpus = 2"))
+    with running(s3) as cluster:
+        began = time.monotonic()
+        job = submitted(cluster, sweep_toml, f"s3://bucket/{tmp_path.name}/run")
+        code, logs = followed(cluster, job)
+        assert time.monotonic() - began < 60
+        assert code == 2
+        assert "A server needs 2 L4 GPUs and 1 CPU on one node, and the cluster's autoscaler has no type of node with that" in logs
+        assert NodeCount(cluster).now() == 0
 
 
 def drain(cluster: Cluster, node: str) -> None:
