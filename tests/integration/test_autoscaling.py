@@ -163,7 +163,10 @@ def test_what_no_type_of_node_has_is_told_and_not_waited_for(sweep_toml: Path, s
         code, logs = followed(cluster, job)
         assert time.monotonic() - began < 60
         assert code == 2
-        assert "A server needs 2 L4 GPUs and 1 CPU on one node, and the cluster's autoscaler has no type of node with that" in logs
+        assert (
+            "A server needs 2 L4 GPUs and 1 CPU on one node, and the cluster's autoscaler has no type of node with that"
+            in logs
+        )
         assert NodeCount(cluster).now() == 0
 
 

@@ -70,6 +70,7 @@ def test_it_spends_its_budget_goes_on_with_a_larger_one_and_says_what_it_did_not
     assert set(steps) < set(more), "what was computed counts, and is not computed again"
 
 
+@pytest.mark.long
 def test_with_enough_budget_it_tries_everything_and_ends(settings: dict[str, Any], task: str) -> None:
     result = bt_ray.sweep(task, search(settings, "1000 tokens", "w"))
     assert computed(result) == ["w", "w -> w", "w -> w -> w"]

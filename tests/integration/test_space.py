@@ -103,6 +103,7 @@ def test_the_commands_show_seeds_and_what_they_share(settings: dict[str, Any], t
     assert "Nothing is left to compute." in command("plan", file)
 
 
+@pytest.mark.long
 def test_all_strategies_up_to_a_length(settings: dict[str, Any], task: str) -> None:
     result = bt_ray.sweep(task, {**settings, "strategies": "all(max_length = 2)"})
     assert [trial.strategy for trial in result.trials] == ["p", "w", "p -> p", "p -> w", "w -> p", "w -> w"]

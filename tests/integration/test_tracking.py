@@ -52,6 +52,7 @@ def scalars(file: Path) -> dict[str, list[float]]:
     return found
 
 
+@pytest.mark.long
 def test_a_sweep_is_a_run_of_mlflows_with_one_for_each_strategy_below_it_and_a_board(
     tracked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,7 +68,7 @@ class Pair(dspy.Module):
 
     def forward(self, question: str) -> dspy.Prediction:
         self.first(question=question)
-        return self.second(question=question)
+        return self.second(question=f"again: {question}")  # its own data, else the second fine-tune may be the first
 
 
 def one_model_for_each() -> bt_ray.Task:
