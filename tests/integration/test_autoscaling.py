@@ -178,9 +178,9 @@ def drain(cluster: Cluster, node: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def node_of(process: psutil.Process) -> str:
-    """The id of the node that a process is on, however deep below its raylet."""
-    raylet = next(parent for parent in process.parents() if "raylet/raylet" in " ".join(parent.cmdline()))
+def node_of(worker: psutil.Process) -> str:
+    """The id of the node that a process of Ray's is on."""
+    raylet = next(parent for parent in worker.parents() if "raylet/raylet" in " ".join(parent.cmdline()))
     return str(raylet.environ()["RAY_OVERRIDE_NODE_ID_FOR_TESTING"])
 
 
@@ -190,8 +190,8 @@ def test_a_node_that_is_being_drained_ends_what_it_does_and_gets_nothing_new(
     run_dir = f"s3://bucket/{tmp_path.name}/run"
     with running(s3) as cluster:
         job = submitted(cluster, sweep_toml, run_dir)
-        (trainer, *_) = wait_for("a training", lambda: cluster.processes.running("scripted_trainer.py"), 120)
-        drain(cluster, node_of(trainer))
+        wait_for("a training", lambda: cluster.processes.running("scripted_trainer.py"), 120)
+        drain(cluster, node_of(cluster.processes.named("ray::ModelServer")[0]))
         ended(cluster, job)
     assert_the_undisturbed_result(run_dir)
     events = [json.loads(line) for line in (open_storage(run_dir).read("events.jsonl") or b"").decode().splitlines()]
