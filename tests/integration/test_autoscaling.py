@@ -130,19 +130,6 @@ def preempt(cluster: Cluster) -> int:
     return len(raylets)
 
 
-def test_a_cluster_grows_with_a_sweep_and_shrinks_after_it(sweep_toml: Path, s3: ObjectStore, tmp_path: Path) -> None:
-    run_dir = f"s3://bucket/{tmp_path.name}/run"
-    with running(s3) as cluster:
-        nodes = NodeCount(cluster)
-        assert nodes.now() == 0
-        with nodes.watched():
-            logs = ended(cluster, submitted(cluster, sweep_toml, run_dir))
-            wait_for("the nodes to go", lambda: nodes.now() == 0, 60)
-        assert "The sweep waits for the cluster to grow" in logs
-        assert_the_undisturbed_result(run_dir)
-        assert 2 <= max(nodes.seen) <= LIMIT
-
-
 def test_nodes_that_are_preempted_cost_no_result(sweep_toml: Path, s3: ObjectStore, tmp_path: Path) -> None:
     run_dir = f"s3://bucket/{tmp_path.name}/run"
     with running(s3) as cluster:
@@ -184,24 +171,30 @@ def node_of(worker: psutil.Process) -> str:
     return str(raylet.environ()["RAY_OVERRIDE_NODE_ID_FOR_TESTING"])
 
 
-def test_a_node_that_is_being_drained_ends_what_it_does_and_gets_nothing_new(
+def test_a_cluster_grows_with_a_sweep_leaves_a_drained_node_and_shrinks(
     sweep_toml: Path, s3: ObjectStore, tmp_path: Path
 ) -> None:
     run_dir = f"s3://bucket/{tmp_path.name}/run"
     with running(s3) as cluster:
-        job = submitted(cluster, sweep_toml, run_dir)
-        wait_for("a training", lambda: cluster.processes.running("scripted_trainer.py"), 120)
-        drain(cluster, node_of(cluster.processes.named("ray::ModelServer")[0]))
-        ended(cluster, job)
+        nodes = NodeCount(cluster)
+        assert nodes.now() == 0
+        with nodes.watched():
+            job = submitted(cluster, sweep_toml, run_dir)
+            wait_for("a training", lambda: cluster.processes.running("scripted_trainer.py"), 120)
+            drain(cluster, node_of(cluster.processes.named("ray::ModelServer")[0]))
+            logs = ended(cluster, job)
+            wait_for("the nodes to go", lambda: nodes.now() == 0, 60)
+    assert "The sweep waits for the cluster to grow" in logs
     assert_the_undisturbed_result(run_dir)
+    assert 2 <= max(nodes.seen) <= LIMIT
+
     events = [json.loads(line) for line in (open_storage(run_dir).read("events.jsonl") or b"").decode().splitlines()]
     (left,) = [event for event in events if event.get("state") == "leaving"]
     after = [event for event in events if event.get("server") == left["server"] and event["at"] > left["at"]]
-    assert "granted" not in {event["state"] for event in after}
+    assert "granted" not in {event["state"] for event in after}, "it gets nothing new"
     assert after[-1]["state"] == "released"
     assert "is being drained" in after[-1]["reason"]
-    trained = [event for event in events if event["state"] == "training"]
-    assert len(trained) == 2, "no training was lost"
+    assert len([event for event in events if event["state"] == "training"]) == 2, "no training was lost"
 
 
 def test_a_new_cluster_goes_on_where_the_head_was_lost(sweep_toml: Path, s3: ObjectStore, tmp_path: Path) -> None:

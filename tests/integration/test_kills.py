@@ -199,12 +199,10 @@ def test_each_strategy_gives_what_dspy_gives_for_it_alone(undisturbed: Seen, mod
     models.close()
 
 
-on_a_disk_and_in_a_store = pytest.mark.parametrize(
-    ("storage_kind", "seed"), [*(("filesystem", seed) for seed in range(len(MOMENTS))), ("s3", 0), ("s3", 4)]
-)
+ON_A_DISK = [("filesystem", seed) for seed in range(len(MOMENTS))]
 
 
-@on_a_disk_and_in_a_store
+@pytest.mark.parametrize(("storage_kind", "seed"), [*ON_A_DISK, ("s3", 4)])
 def test_a_killed_driver_costs_no_committed_step(sweep: Sweep, undisturbed: Seen, seed: int) -> None:
     for phase, commits, chance in moments(seed):
         stopped = await_moment(sweep, phase, commits, chance)
@@ -224,7 +222,7 @@ def test_a_killed_driver_costs_no_committed_step(sweep: Sweep, undisturbed: Seen
     sweep.await_quiet()
 
 
-@on_a_disk_and_in_a_store
+@pytest.mark.parametrize(("storage_kind", "seed"), [*ON_A_DISK, ("s3", 4)])
 def test_killed_trials_cost_no_committed_step(sweep: Sweep, undisturbed: Seen, seed: int) -> None:
     for phase, commits, chance in moments(seed):
         stopped = await_moment(sweep, phase, commits, chance)

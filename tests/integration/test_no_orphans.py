@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,27 +77,6 @@ def test_the_drivers_end_is_the_end_of_all(running: RunningSweep, phase: str, ho
     if how == signal.SIGINT:
         assert running.driver.returncode == 130
         assert "error: Interrupted." in running.output.read_text()
-    running.assert_nothing_is_left()
-
-
-def trial_process(running: RunningSweep) -> None:
-    running.kill("ray::run_trial", "ray::ImplicitFunc")
-
-
-def model_server_actor(running: RunningSweep) -> None:
-    running.kill("ray::ModelServer")
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("victim", [trial_process, model_server_actor])
-def test_a_process_killed_during_a_training_costs_no_result_and_leaves_nothing(
-    running: RunningSweep, victim: Callable[[RunningSweep], None]
-) -> None:
-    running.await_phase("training")
-    before = running.processes.models()
-    victim(running)
-    wait_for("its model processes to be gone", lambda: not any(process.is_running() for process in before), 20)
-    assert running.await_result() == SCORES
     running.assert_nothing_is_left()
 
 
