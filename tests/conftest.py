@@ -63,6 +63,17 @@ def scripted_sweep(folder: Path) -> dict[str, Any]:
     }
 
 
+SCRIPTED_SCORES = {
+    ("p -> w", ""): 20.0,
+    ("p -> w", "p"): 40.0,
+    ("p -> w", "p -> w"): 70.0,
+    ("w -> p", ""): 20.0,
+    ("w -> p", "w"): 50.0,
+    ("w -> p", "w -> p"): 70.0,
+}
+"""Of `scripted_sweep`: the base model answers 2 of 10 right, two demos add 2, a fine-tune adds 3."""
+
+
 def logged_requests(folder: Path) -> list[dict[str, Any]]:
     """The requests that the servers of `scripted_sweep(folder)` answered so far."""
     file = folder / "requests.jsonl"

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from conftest import SCRIPTED_SCORES
 from support.cluster import HEAD_ID, RAY, Cluster
 from support.object_store import ObjectStore
 from support.processes import wait_for
@@ -26,14 +27,6 @@ from bt_ray.storage import open_storage
 
 pytestmark = pytest.mark.long
 LIMIT = 3
-SCORES = {
-    ("p -> w", ""): 20.0,
-    ("p -> w", "p"): 40.0,
-    ("p -> w", "p -> w"): 70.0,
-    ("w -> p", ""): 20.0,
-    ("w -> p", "w"): 50.0,
-    ("w -> p", "w -> p"): 70.0,
-}
 
 
 @dataclass
@@ -106,7 +99,7 @@ def ended(cluster: Cluster, job: str) -> str:
 def assert_the_undisturbed_result(run_dir: str) -> None:
     result = bt_ray.SweepResult.read(f"{run_dir}/result.json")
     found = {(c.strategy, c.prefix): c.score for c in result.candidates}
-    assert found == SCORES
+    assert found == SCRIPTED_SCORES
     assert result.test_score == 70.0
 
 

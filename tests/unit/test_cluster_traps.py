@@ -50,7 +50,7 @@ RAY_UP_BROKEN = [
     (traps.trials_end_with_their_node, "--set trial.max_failures=10", ""),
     (traps.gpu_on_the_head_node, '"GPU": 0', '"GPU": 1'),
     (traps.no_token_on_the_nodes, "--env=RAY_AUTH_MODE=token, ", ""),
-    (traps.no_token_on_the_nodes, "/home/ray/.ray/auth_token", "/root/.ray/auth_token"),
+    (traps.no_token_on_the_nodes, "/home/ray/.ray/auth_token", "/elsewhere/.ray/auth_token"),
     (traps.another_image, "bt-ray:0.1.0-cuda", "ray:latest"),
     (traps.another_image, "setup_commands: []\nhead", "head"),
     (traps.another_image, "container_name: bt_ray", "container_name: bt_ray\n  head_image: ray:latest"),
