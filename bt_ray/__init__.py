@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bt_ray.best import load
-    from bt_ray.config import SweepConfig, load_config
+    from bt_ray.config import SweepConfig
     from bt_ray.driver import sweep
     from bt_ray.errors import BtRayError
     from bt_ray.results import Candidate, SweepResult, TrialResult
     from bt_ray.served_models import served
+    from bt_ray.sweep_toml import load_config
     from bt_ray.task import StepContext, Task
     from bt_ray.teachers import gold_label_teacher
 
@@ -26,7 +27,7 @@ _HOME = {
     "TrialResult": "results",
     "gold_label_teacher": "teachers",
     "load": "best",
-    "load_config": "config",
+    "load_config": "sweep_toml",
     "served": "served_models",
     "sweep": "driver",
 }

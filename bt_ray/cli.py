@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from bt_ray.config import SweepConfig, load_config
+from bt_ray.config import SweepConfig
 from bt_ray.errors import BtRayError, ConfigError, InfrastructureError, ResourcesError, TaskError
+from bt_ray.sweep_toml import load_config
 
 if TYPE_CHECKING:
+    from bt_ray.jobs import Jobs
     from bt_ray.storage import Storage
 
 app = typer.Typer(
@@ -296,14 +298,15 @@ def serve(
     with _told_errors(), contextlib.ExitStack() as opened:
         from bt_ray.best import find_best
         from bt_ray.preflight import inside_job
-        from bt_ray.served_best import here, served_best
+        from bt_ray.served_best import MakeSlot, here, served_best
 
         kept = find_best(run_dir)
         if address is not None or inside_job():
-            from bt_ray.cluster import connected, on_cluster
+            from bt_ray.actors.remote_slot import on_cluster
+            from bt_ray.cluster import connected
 
             opened.enter_context(connected(address, lambda event: None))
-            make_slot = on_cluster(kept.config, kept.storage.location, port or 0, typer.echo)
+            make_slot: MakeSlot = on_cluster(kept.config, kept.storage.location, port or 0, typer.echo)
         else:
             make_slot = here(kept, host=host, port=port or 8000)
         typer.echo(f"Starting {len(kept.weights)} model server{'s' if len(kept.weights) > 1 else ''}")
@@ -415,27 +418,32 @@ def submit(
                 raise ConfigError(
                     "A job's own folder goes away with it: give --run-dir, a path that all nodes share, or a URI."
                 )
+        jobs = Jobs(address)
+        if file is not None:
             options = [part for given in strategy or () for part in ("--strategy", given)]
             options += ["--run-dir", run_dir] if run_dir else []
             options += [part for given in assignments or () for part in ("--set", given)]
             command, folder = sweep_command(file, [*options, *(["--accept-changes"] if accept_changes else [])])
-        jobs = Jobs(address)
-        if file is not None:
             follow = jobs.submit(command, folder)
             typer.echo(f"Submitted {follow}: {command}", err=True)
-            if no_wait:
-                typer.echo(follow)
-                return
         assert follow is not None
-        try:
-            code = jobs.follow(follow, lambda text: typer.echo(text, nl=False))
-        except KeyboardInterrupt:
-            if _wants_it_stopped(follow):
-                jobs.stop(follow)
-                _fail("The job is stopped; what finished is in the run directory.", EXIT_INTERRUPTED)
-            typer.echo(f"It goes on. bt-ray submit --follow {follow} --address {jobs.address}", err=True)
+        if no_wait:
+            typer.echo(follow)
             return
+        code = _followed(jobs, follow)
     raise typer.Exit(code)
+
+
+def _followed(jobs: "Jobs", job: str) -> int:
+    """Show what a job says; its exit code, or that of whoever leaves it with Ctrl-C."""
+    try:
+        return jobs.follow(job, lambda text: typer.echo(text, nl=False))
+    except KeyboardInterrupt:
+        if _wants_it_stopped(job):
+            jobs.stop(job)
+            _fail("The job is stopped; what finished is in the run directory.", EXIT_INTERRUPTED)
+        typer.echo(f"It goes on. bt-ray submit --follow {job} --address {jobs.address}", err=True)
+        return 0
 
 
 def _wants_it_stopped(job: str) -> bool:
@@ -479,13 +487,11 @@ def _resource_warnings(config: SweepConfig, address: str | None) -> list[str]:
         except ResourcesError as error:
             return [f"On this machine alone: {error}"]
         return []
-    import ray
-
     from bt_ray.cluster import connected
+    from bt_ray.nodes import node_resources
 
     with connected(address, lambda event: None):
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        return check_resources(config, nodes)
+        return check_resources(config, node_resources())
 
 
 @contextmanager

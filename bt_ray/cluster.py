@@ -13,12 +13,10 @@ from bt_ray.config import SweepConfig
 from bt_ray.errors import ResourcesError
 from bt_ray.event_log import EventLog
 from bt_ray.events import Connected, Event, ServerChanged, ServerDid, ServerReplaced, Stage
-from bt_ray.preflight import check_one_server, check_resources, inside_job, too_large
+from bt_ray.preflight import check_resources, inside_job
 from bt_ray.storage import Storage
 
 Listener = Callable[[Event], None]
-PLACING_NEWS_S = 15.0
-"""Seconds between two lines about servers that wait for room."""
 AUTOSCALER_S, LOOK_S = 10.0, 5.0
 """Seconds after which the autoscaler is asked about servers that wait for room, and between two such looks."""
 REPLACED = ("serving, start", "dead")
@@ -76,12 +74,11 @@ def opened_pool(config: SweepConfig, run_dir: str, needed: int, own: bool, tell:
     Raises:
         ResourcesError: The cluster can never hold them.
     """
-    import ray
-
     from bt_ray.actors.server_pool import ServerPool, ServerSettings
+    from bt_ray.nodes import beside_the_driver, node_resources
     from bt_ray.placement import Policy
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = node_resources()
     for warning in check_resources(config, nodes):
         tell(Stage(warning))
     server = config.server
@@ -108,47 +105,13 @@ def opened_pool(config: SweepConfig, run_dir: str, needed: int, own: bool, tell:
         _close(pool)
 
 
-def beside_the_driver() -> Any:
-    """Where the sweep's own actors go: to the node whose loss ends the sweep anyway, not to one that comes and goes."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    # Not soft: Ray places an actor that asks for no resources anywhere then.
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-
-
-def on_cluster(config: SweepConfig, run_dir: str, port: int, tell: Callable[[str], None]) -> Callable[[int, str], Any]:
-    """Makes slots on the cluster, for `bt_ray.served_best.served_best`.
-
-    Args:
-        config: The sweep's settings.
-        run_dir: Where the weights are.
-        port: Of the first server; others have the ports after it. 0: free ones.
-        tell: Told while there is no room.
-
-    Raises:
-        ResourcesError: No node of the cluster is large enough.
-    """
-    import ray
-
-    from bt_ray.actors.remote_slot import RemoteSlot
-
-    check_one_server(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-
-    def make(number: int, token: str) -> RemoteSlot:
-        its_port = port + number if port else 0
-        name = f"serve-{number + 1}"
-        return RemoteSlot(name, config.server, token=token, run_dir=run_dir, port=its_port, tell=tell)
-
-    return make
-
-
 @contextmanager
 def step_claims(committed: Collection[str], first_fence: int) -> Iterator[Any]:
     """Who decides which trial computes a step. Ends with the sweep, also where Ray and the driver go on."""
     import ray
 
     from bt_ray.actors.step_claims import StepClaims
+    from bt_ray.nodes import beside_the_driver
 
     claims = StepClaims.options(scheduling_strategy=beside_the_driver()).remote(  # type: ignore[attr-defined]
         committed, first_fence
@@ -163,6 +126,8 @@ def step_claims(committed: Collection[str], first_fence: int) -> Iterator[Any]:
 def _await_placement(pool: Any, count: int, config: SweepConfig, tell: Listener) -> None:
     import ray
 
+    from bt_ray.nodes import NEWS_S, can_never_come, free_resources
+
     began = told = looked = time.monotonic()
     while True:
         placed, _, not_created = ray.get(pool.placed.remote())
@@ -173,34 +138,15 @@ def _await_placement(pool: Any, count: int, config: SweepConfig, tell: Listener)
         now = time.monotonic()
         if config.autoscaling and now - began > AUTOSCALER_S and now - looked > LOOK_S:
             looked = now
-            if _can_never_be_placed(config):
+            if can_never_come(config.server):
                 raise ResourcesError(
-                    f"A server needs {config.server.resources} on one node, and the cluster's autoscaler has no type of "
+                    f"A server needs {config.server.needs} on one node, and the cluster's autoscaler has no type of "
                     "node with that. Make the servers smaller, or give the cluster such nodes."
                 )
-        if now - told > PLACING_NEWS_S:
+        if now - told > NEWS_S:
             told = now
-            free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
-            tell(Stage(f"Waiting for room for {count - placed} of {count} servers; free now: {free}"))
+            tell(Stage(f"Waiting for room for {count - placed} of {count} servers; free now: {free_resources()}"))
         time.sleep(0.1)  # Ray tells nobody when an actor is placed but who waits for a call of it
-
-
-def _can_never_be_placed(config: SweepConfig) -> bool:
-    """Whether the autoscaler (v2 says so) cannot satisfy a request for a server, which no node is large enough for either.
-
-    It says the same of one that waits for a node which others use: then there is such a node.
-    """
-    import ray
-    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if too_large(config.server, nodes) is None:
-        return False
-    client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
-    state = GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=10)).autoscaling_state
-    wanted = {"CPU": config.server.cpus, "GPU": config.server.gpus}
-    bundles = [request.resources_bundle for request in state.infeasible_resource_requests]
-    return any(all(bundle.get(name, 0) == amount for name, amount in wanted.items()) for bundle in bundles)
 
 
 def _close(pool: Any) -> None:

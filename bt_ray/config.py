@@ -1,22 +1,20 @@
-"""The settings of a sweep: TOML in, frozen values out.
+"""The settings of a sweep: values in, frozen and checked values out.
 
-A person writes `sweep.toml`; `load_config` reads it, applies `--set key=value` overrides, and gives a `SweepConfig`; the
-resolved copy is kept as JSON in the run directory. Unknown keys are refused with the nearest right one. This module knows
-no engine: what vLLM accepts is a list of names that ships with the package.
+A person writes `sweep.toml`, which `bt_ray.sweep_toml` reads; the resolved copy is kept as JSON in the run directory.
+Unknown keys are refused with the nearest right one. This module knows no engine: what vLLM accepts is a list of names that
+ships with the package.
 """
 
 import re
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from importlib import resources
-from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
-from bt_ray.errors import ConfigError, nearest
+from bt_ray.errors import ConfigError, amount, nearest
 from bt_ray.storage import check_location
 
 
@@ -104,11 +102,11 @@ class ServerConfig(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
     @property
-    def resources(self) -> str:
+    def needs(self) -> str:
         """What a slot takes of its node, in words."""
-        cpus = f"{self.cpus:g} CPU{'' if self.cpus == 1 else 's'}"
+        cpus = amount(self.cpus, "CPU")
         kind = f"{self.accelerator_type} " if self.accelerator_type else ""
-        return f"{self.gpus:g} {kind}GPU{'' if self.gpus == 1 else 's'} and {cpus}" if self.gpus else cpus
+        return f"{amount(self.gpus, f'{kind}GPU')} and {cpus}" if self.gpus else cpus
 
     @property
     def adapters(self) -> int:
@@ -349,46 +347,6 @@ class SweepConfig(Section):
         return min(self.trial.max_concurrent or default, trials)
 
 
-def load_config(
-    path: Path,
-    overrides: Mapping[str, Any] | None = None,
-    assignments: Sequence[str] = (),
-    *,
-    refuse_relative: bool = False,
-) -> SweepConfig:
-    """Read a sweep's TOML.
-
-    Relative paths in the file (`task`, `model`, `run_dir`) are relative to the file; those in `overrides` and
-    `assignments` to the current directory.
-
-    Args:
-        path: The TOML file.
-        overrides: Top-level keys that replace the file's, None meaning "not given".
-        assignments: `key=value` or `section.key=value`; the value is read as TOML, or else taken as a string.
-        refuse_relative: Whether a relative `model` or `run_dir` is an error, as inside a Ray job.
-
-    Raises:
-        ConfigError: The file is missing or no TOML, or a key or value is wrong.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: it is not UTF-8 ({error.reason} at byte {error.start}).") from None
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}.") from None
-    given = {key: value for key, value in (overrides or {}).items() if value is not None}
-    for assignment in assignments:
-        _assign(given, assignment)
-    from_file = {key: value for key, value in values.items() if key not in given or isinstance(value, dict)}
-    from_file = with_absolute_paths(from_file, path.parent, refuse_relative=refuse_relative)
-    given = with_absolute_paths(given, Path.cwd(), refuse_relative=refuse_relative)
-    return make_config(_merged(from_file, given), source=str(path))
-
-
 def make_config(values: Mapping[str, Any], source: str = "config") -> SweepConfig:
     """Check `values` and make the settings of them.
 
@@ -411,82 +369,6 @@ def override_train(train: TrainConfig, overrides: Mapping[str, Any] | None) -> T
         return TrainConfig.model_validate({**train.model_dump(), **(overrides or {})})
     except ValidationError as error:
         raise ConfigError(f"train_kwargs: {_first_problem(error, TrainConfig)}") from None
-
-
-def with_absolute_paths(given: Mapping[str, Any], base: Path, *, refuse_relative: bool = False) -> dict[str, Any]:
-    """`given` with its relative paths made absolute: what they mean depends on where they were written.
-
-    Args:
-        given: Values of settings.
-        base: What relative paths are relative to.
-        refuse_relative: Whether a relative `model` or `run_dir` is an error, as inside a Ray job.
-
-    Raises:
-        ConfigError: A path was refused.
-    """
-    base, values = base.resolve(), dict(given)
-    if refuse_relative:
-        _refuse_relative_paths(values, base)
-    task = values.get("task")
-    if isinstance(task, str) and task.rpartition(":")[0].endswith(".py"):
-        values["task"] = str(base / task)
-    if isinstance(model := values.get("model"), str):
-        values["model"] = _absolute_model(model, base)
-    space = values.get("space")
-    if isinstance(space, dict) and isinstance(space.get("model"), list):
-        values["space"] = {**space, "model": [_absolute_model(model, base) for model in space["model"]]}
-    run_dir = values.get("run_dir")
-    if isinstance(run_dir, str) and "://" not in run_dir:
-        values["run_dir"] = str((base / Path(run_dir).expanduser()).resolve())
-    tracking = values.get("tracking")
-    if isinstance(tracking, Mapping) and isinstance(folder := tracking.get("tensorboard"), str):
-        values["tracking"] = {**tracking, "tensorboard": str((base / Path(folder).expanduser()).resolve())}
-    return values
-
-
-def _absolute_model(model: str, base: Path) -> str:
-    return str((base / Path(model).expanduser()).resolve()) if looks_like_path(model, base) else model
-
-
-def _refuse_relative_paths(values: Mapping[str, Any], base: Path) -> None:
-    for key in ("model", "run_dir"):
-        value = values.get(key)
-        if not isinstance(value, str) or "://" in value or Path(value).expanduser().is_absolute():
-            continue
-        if key == "run_dir" or looks_like_path(value, base):
-            raise ConfigError(
-                f"{key}: {value} is relative. A job's working directory is a copy that goes away with the job: give an "
-                f"absolute path that all nodes share ({'--run-dir' if key == 'run_dir' else '--set model='}...)."
-            )
-
-
-def looks_like_path(model: str, base: Path) -> bool:
-    """Whether `model` names a folder rather than a model of the hub (`name` or `organization/name`)."""
-    return model.startswith((".", "/", "~")) or model.count("/") > 1 or (base / model).exists()
-
-
-def _assign(values: dict[str, Any], assignment: str) -> None:
-    key, separator, text = assignment.partition("=")
-    if not separator or not key.strip():
-        raise ConfigError(f"--set {assignment}: write it as key=value, for example server.max_model_len=2048.")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    *sections, name = key.strip().split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"--set {assignment}: {section!r} is a value, not a section.")
-    values[name] = value
-
-
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        below = merged.get(key)
-        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
 
 
 def _first_problem(error: ValidationError, root: type[BaseModel] = SweepConfig) -> str:

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from bt_ray.best import keep_best
 from bt_ray.cluster import Listener, cause_of, connected, opened_pool, step_claims, watched
-from bt_ray.config import StrategySearch, SweepConfig, make_config, with_absolute_paths
+from bt_ray.config import StrategySearch, SweepConfig, make_config
 from bt_ray.errors import ConfigError, InfrastructureError, TaskError
 from bt_ray.events import Event, Stage, StepFinished, TrialEnded, TrialWaits
 from bt_ray.fingerprint import digest
 from bt_ray.kept_examples import examples_file, keep_examples
 from bt_ray.mlflow_runs import mlflow_runs
 from bt_ray.preflight import CheckedSweep, check_sweep, inside_job
-from bt_ray.results import Candidate, StepFailure, SweepResult, TrialResult
+from bt_ray.results import Candidate, StepFailure, SweepResult, TrialResult, best_so_far
 from bt_ray.run_directory import RESULT, prepare_run_directory
 from bt_ray.run_lock import held
 from bt_ray.search_walk import SearchWalk
@@ -26,6 +26,7 @@ from bt_ray.state import StatusFile
 from bt_ray.storage import open_storage
 from bt_ray.store import FinishedStep, StepStore
 from bt_ray.strategy import BASELINE, parent, prefixes, start_order
+from bt_ray.sweep_toml import with_absolute_paths
 from bt_ray.task import TaskFunction, task_spec
 from bt_ray.tuning import Trial, run_search, run_trials
 
@@ -91,12 +92,11 @@ def run_sweep(
         for file, examples in _validation_examples(checked).items():
             keep_examples(storage, file, examples)
         with StatusFile(storage).kept() as status, mlflow_runs(config, storage, tell) as runs:
+            listeners = [status.note, *([runs.note] if runs is not None else []), tell]
 
             def tell_all(event: Event) -> None:
-                status.note(event)
-                if runs is not None:
-                    runs.note(event)
-                tell(event)
+                for told in listeners:
+                    told(event)
 
             sweep = _Sweep(config, run_dir, checked, tell_all, build or portable_task(config.task))
             result = sweep.run(address, first_fence=drivers * CLAIMS_PER_DRIVER)
@@ -211,9 +211,7 @@ class _Sweep:
         return start_order(left, {step.key for steps in finished.values() for step in steps.values()})
 
     def tell_finished(self, trial: Trial, steps: Sequence[FinishedStep]) -> None:
-        best: float | None = None
-        for step in steps:
-            best = step.score if best is None or step.score is None else max(best, step.score)
+        for step, best in zip(steps, best_so_far(step.score for step in steps), strict=True):
             told = (step.prefix, step.score, best, step.seconds, True, trial.variant, step.example_errors)
             self.tell(StepFinished(trial.strategy, *told))
 

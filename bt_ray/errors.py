@@ -63,3 +63,8 @@ def nearest(word: str, known: "list[str]") -> str:
 
     match = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def amount(number: float, thing: str) -> str:
+    """`"1 GPU"`, `"2 GPUs"`."""
+    return f"{number:g} {thing}{'' if number == 1 else 's'}"

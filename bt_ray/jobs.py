@@ -8,11 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from aiohttp import ClientError
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
+
 from bt_ray.errors import ConfigError, InfrastructureError
 
 AGAIN_S = 2.0
-"""Seconds between two attempts to follow a job whose connection was lost."""
-ATTEMPTS = 30
+"""Seconds between two attempts to follow a job whose connection was lost, and two looks at one that is to stop."""
+LOST = (RuntimeError, OSError, ClientError)
+"""What Ray's client raises, with requests and aiohttp below it, when a connection or a request is lost."""
+AGAIN = Retrying(retry=retry_if_exception_type(LOST), wait=wait_fixed(AGAIN_S), stop=stop_after_attempt(30), reraise=True)
 JOB_ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": "30"}
 """A job that is stopped gets the time to end its servers and to say what it is doing in the run directory."""
 
@@ -69,56 +74,62 @@ class Jobs:
             job: str = self._client.submit_job(
                 entrypoint=command, runtime_env={"working_dir": str(working_dir), "env_vars": JOB_ENVIRONMENT}
             )
-        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise InfrastructureError(f"The job was not submitted: {error}") from None
         return job
 
     def follow(self, job: str, write: Callable[[str], None]) -> int:
-        """Write what a job says until it ends; returns its exit code.
+        """Write what a job says until it ends, whatever becomes of the connection meanwhile; returns its exit code.
 
         Raises:
             ConfigError: There is no such job.
             InfrastructureError: The cluster is gone, or the job was ended before it had an exit code.
         """
-        written, lost = 0, 0
-        while True:
-            try:
-                info = self._client.get_job_info(job)
-                if not info.status.is_terminal():
-                    written = asyncio.run(self._tail(job, write, written))
-                    info = self._client.get_job_info(job)
-                if info.status.is_terminal():
-                    write(self._client.get_job_logs(job)[written:])
-                    return _exit_code(job, info)
-                lost = 0
-            except RuntimeError as error:
-                if "does not exist" in str(error):
-                    raise ConfigError(f"{self.address} has no job {job}.") from None
-                lost = self._wait(lost, error)
-            except OSError as error:  # that of requests and of aiohttp is one, or has one
-                lost = self._wait(lost, error)
+        log = _Log(write)
+        try:
+            while not (info := AGAIN(self._info, job)).status.is_terminal():
+                try:
+                    asyncio.run(self._tail(job, log))
+                except LOST:
+                    time.sleep(AGAIN_S)  # the next look says whether the cluster is gone
+            log.add(0, AGAIN(self._client.get_job_logs, job))
+        except LOST as error:
+            raise InfrastructureError(f"The cluster does not answer any more: {error}") from None
+        return _exit_code(job, info)
+
+    def _info(self, job: str) -> Any:
+        try:
+            return self._client.get_job_info(job)
+        except RuntimeError as error:
+            if "does not exist" in str(error):
+                raise ConfigError(f"{self.address} has no job {job}.") from None
+            raise
+
+    async def _tail(self, job: str, log: "_Log") -> None:
+        seen = 0
+        async for lines in self._client.tail_job_logs(job):  # from its beginning, each time
+            log.add(seen, lines)
+            seen += len(lines)
 
     def stop(self, job: str) -> None:
         """Stop a job, and wait until it has."""
         self._client.stop_job(job)
         while not self._client.get_job_status(job).is_terminal():
-            time.sleep(0.5)
+            time.sleep(AGAIN_S)
 
-    async def _tail(self, job: str, write: Callable[[str], None], written: int) -> int:
-        """Write what follows the first characters, until the connection ends; returns how many there were in all."""
-        seen = 0
-        async for lines in self._client.tail_job_logs(job):
-            write(lines[max(0, written - seen) :])
-            seen += len(lines)
-            written = max(written, seen)
-        return written
 
-    @staticmethod
-    def _wait(lost: int, error: Exception) -> int:
-        if lost >= ATTEMPTS:
-            raise InfrastructureError(f"The cluster does not answer any more: {error}") from None
-        time.sleep(AGAIN_S)
-        return lost + 1
+class _Log:
+    """A job's log, of which each character is written once."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+        self._written = 0
+
+    def add(self, start: int, text: str) -> None:
+        """Take what stands in the log from its character `start` on."""
+        if new := text[max(0, self._written - start) :]:
+            self._write(new)
+            self._written = start + len(text)
 
 
 def _exit_code(job: str, info: Any) -> int:

@@ -1,7 +1,6 @@
 """A sweep in MLflow: a run for the sweep, and below it one for each of its trials, with a metric's value for each step."""
 
 import contextlib
-import hashlib
 import logging
 import os
 import queue
@@ -13,12 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
+
 from bt_ray.config import SweepConfig
 from bt_ray.errors import ConfigError
 from bt_ray.events import Event, Stage, StepFinished, TrialEnded, TrialStarted
-from bt_ray.results import SweepResult, TrialResult
+from bt_ray.fingerprint import digest
+from bt_ray.results import SweepResult, TrialResult, best_so_far, variant_name
 from bt_ray.storage import Storage
-from bt_ray.strategy import BASELINE, length
+from bt_ray.strategy import length, step_label
 
 logger = logging.getLogger(__name__)
 SWEEP_TAG, TRIAL_TAG = "bt_ray.sweep", "bt_ray.trial"
@@ -52,7 +54,7 @@ class MlflowRuns:
 
     def __init__(self, config: SweepConfig, storage: Storage, tell: Callable[[Event], None]) -> None:
         self._config, self._storage, self._tell = config, storage, tell
-        self._tags = {SWEEP_TAG: _sweep_id(storage.location), "bt_ray.run_dir": storage.location}
+        self._tags = {SWEEP_TAG: digest(storage.location), "bt_ray.run_dir": storage.location}
         self._todo: queue.Queue[Event | SweepResult | None] = queue.Queue()
         self._worker = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._warned = False
@@ -108,7 +110,8 @@ class MlflowRuns:
             case TrialStarted(strategy, variant):
                 self._client.update_run(self._trial(strategy, variant).id, status="RUNNING")
             case StepFinished():
-                self._log_step(todo.strategy, todo.variant, todo.prefix, todo.score, todo.best_score, todo.seconds)
+                run = self._trial(todo.strategy, todo.variant)
+                self._log_step(run, todo.prefix, todo.score, todo.best_score, todo.seconds)
             case TrialEnded(strategy, error, variant):
                 run = self._trial(strategy, variant)
                 if error:
@@ -117,12 +120,10 @@ class MlflowRuns:
             case SweepResult():
                 self._log_result(todo)
 
-    def _log_step(
-        self, strategy: str, variant: str, prefix: str, score: float | None, best: float | None, seconds: float
-    ) -> None:
+    def _log_step(self, run: _Run, prefix: str, score: float | None, best: float | None, seconds: float) -> None:
         from mlflow.entities import Metric
 
-        run, step, now = self._trial(strategy, variant), length(prefix), int(time.time() * 1000)
+        step, now = length(prefix), int(time.time() * 1000)
         if step in run.steps:
             return
         values = {"score": score, "best_score": best, "seconds": seconds}
@@ -147,18 +148,14 @@ class MlflowRuns:
         self._client.log_text(self._sweep.id, _report(self._storage), "report.html")
 
     def _log_trial(self, trial: TrialResult) -> None:
-        best: float | None = None
-        variant = trial.candidates[0].variant if trial.candidates else ""
-        for candidate in trial.candidates:
-            if candidate.score is not None:
-                best = candidate.score if best is None else max(best, candidate.score)
-            self._log_step(trial.strategy, variant, candidate.prefix, candidate.score, best, candidate.seconds)
-        run = self._trial(trial.strategy, variant)
-        if trial.best is not None and trial.best.test_score is not None:
-            self._client.log_metric(run.id, "test_score", trial.best.test_score)
-        for candidate in trial.candidates:
+        run = self._trial(trial.strategy, variant_name(trial.settings))
+        best = best_so_far(candidate.score for candidate in trial.candidates)
+        for candidate, best_score in zip(trial.candidates, best, strict=True):
+            self._log_step(run, candidate.prefix, candidate.score, best_score, candidate.seconds)
             program = self._storage.read_json(candidate.program)
             self._client.log_dict(run.id, program, f"programs/{length(candidate.prefix)}.json")
+        if trial.best is not None and trial.best.test_score is not None:
+            self._client.log_metric(run.id, "test_score", trial.best.test_score)
 
     def _log_settings(self) -> None:
         from mlflow.entities import Param
@@ -172,7 +169,7 @@ class MlflowRuns:
 
     def _trial(self, strategy: str, variant: str) -> _Run:
         """The run of a trial, made if there is none."""
-        name = _trial_name(strategy, variant)
+        name = step_label(strategy, variant)
         if name not in self._trials:
             tags = {"mlflow.parentRunId": self._sweep.id}
             run = self._trials[name] = _Run(self._created(name, name, tags))
@@ -216,20 +213,18 @@ def mlflow_runs(config: SweepConfig, storage: Storage, tell: Callable[[Event], N
 @contextmanager
 def traced(config: SweepConfig, run_dir: str, strategy: str, variant: str) -> Iterator[None]:
     """Have MLflow trace what DSPy does in this process, below the trial's run, if that is wanted and MLflow is there."""
-    if config.tracking.mlflow is None or not config.tracking.autolog:
-        yield
-        return
-    try:
-        flush = _trace(config, run_dir, _trial_name(strategy, variant))
-    except Exception as error:  # MLflow's own, those of requests, of SQLAlchemy
-        logger.warning("MLflow traces nothing of this trial: %s: %s", type(error).__name__, error)
-        yield
-        return
+    end: Callable[[], None] | None = None
+    if config.tracking.mlflow is not None and config.tracking.autolog:
+        try:
+            end = _trace(config, run_dir, step_label(strategy, variant))
+        except Exception as error:  # MLflow's own, those of requests, of SQLAlchemy
+            logger.warning("MLflow traces nothing of this trial: %s: %s", type(error).__name__, error)
     try:
         yield
     finally:
-        with contextlib.suppress(Exception):  # what is not told by now costs no result
-            flush()
+        if end is not None:
+            with contextlib.suppress(Exception):  # what is not told by now costs no result
+                end()
 
 
 def _trace(config: SweepConfig, run_dir: str, trial: str) -> Callable[[], None]:
@@ -241,8 +236,7 @@ def _trace(config: SweepConfig, run_dir: str, trial: str) -> Callable[[], None]:
     mlflow.set_tracking_uri(config.tracking.mlflow)
     experiment = _experiment(client, config)
     mlflow.set_experiment(experiment_id=experiment)
-    run_id = _awaited_run(client, experiment, run_dir, trial)
-    if run_id is not None:
+    if (run_id := _awaited(lambda: _runs(client, experiment, run_dir).get(trial))) is not None:
         mlflow.start_run(run_id=run_id)
     mlflow.dspy.autolog(log_traces_from_compile=True, silent=True)  # a trial is one compilation, of BetterTogether
 
@@ -253,13 +247,12 @@ def _trace(config: SweepConfig, run_dir: str, trial: str) -> Callable[[], None]:
     return end
 
 
-def _awaited_run(client: Any, experiment: str, run_dir: str, trial: str) -> str | None:
-    deadline = time.monotonic() + RUN_S
-    while time.monotonic() < deadline:
-        if (run_id := _runs(client, experiment, run_dir).get(trial)) is not None:
-            return run_id
-        time.sleep(0.5)
-    return None
+def _awaited(run_id: Callable[[], str | None]) -> str | None:
+    """A run's id as soon as there is one; None if there is none in time."""
+    none = retry_if_result(lambda found: found is None)
+    return Retrying(retry=none, wait=wait_fixed(0.5), stop=stop_after_delay(RUN_S), retry_error_callback=lambda _: None)(
+        run_id
+    )
 
 
 def _client(config: SweepConfig) -> Any:
@@ -281,16 +274,8 @@ def _experiment(client: Any, config: SweepConfig) -> str:
 
 def _runs(client: Any, experiment: str, run_dir: str) -> dict[str, str]:
     """The runs of a sweep by their trials' names; its own by `""`."""
-    query = f"tags.`{SWEEP_TAG}` = '{_sweep_id(run_dir)}'"
+    query = f"tags.`{SWEEP_TAG}` = '{digest(run_dir)}'"
     return {run.data.tags[TRIAL_TAG]: run.info.run_id for run in client.search_runs([experiment], query, max_results=10_000)}
-
-
-def _sweep_id(run_dir: str) -> str:
-    return hashlib.sha256(run_dir.encode()).hexdigest()[:16]
-
-
-def _trial_name(strategy: str, variant: str) -> str:
-    return f"{strategy or BASELINE} ({variant})" if variant else strategy
 
 
 def _name(config: SweepConfig) -> str:

@@ -100,8 +100,12 @@ class Server:
     leaving: bool = False
 
     @property
+    def empty(self) -> bool:
+        return self.state is State.READY and not self.leases and self.training is None
+
+    @property
     def free(self) -> bool:
-        return self.state is State.READY and not self.leases and self.training is None and not self.leaving
+        return self.empty and not self.leaving
 
     def serves(self, weights: Weights) -> bool:
         return weights.id in self.serving
@@ -154,9 +158,10 @@ class Stop:
 
 @dataclass(frozen=True)
 class Release:
-    """End a server: it is idle and not needed, or leaving."""
+    """End a server: it is idle and not needed, or its node is going away."""
 
     server: int
+    leaving: bool = False
 
 
 Action = Grow | Serve | Grant | Revoke | Stop | Release
@@ -360,7 +365,7 @@ class Placement:
     def _release_leaving(self) -> None:
         """A server whose node is going away is of no use any more when nothing is on it."""
         for server in list(self.servers.values()):
-            if server.leaving and server.state is State.READY and not server.leases and server.training is None:
+            if server.leaving and server.empty:
                 self._release(server)
 
     def _release_idle(self, now: float) -> None:
@@ -373,7 +378,7 @@ class Placement:
 
     def _release(self, server: Server) -> None:
         del self.servers[server.number]
-        self._actions.append(Release(server.number))
+        self._actions.append(Release(server.number, server.leaving))
 
     def _holder(self, lease: int) -> str | None:
         asks = [*self.waiting, *(ask for server in self.servers.values() for ask in server.leases.values())]

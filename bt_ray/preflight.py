@@ -14,7 +14,7 @@ from dspy.teleprompt.bootstrap_finetune import FinetuneTeleprompter
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from bt_ray.config import EveryStrategy, ServerConfig, StrategySearch, SweepConfig
-from bt_ray.errors import BtRayError, ConfigError, InfrastructureFailure, ResourcesError, TaskError
+from bt_ray.errors import BtRayError, ConfigError, InfrastructureFailure, ResourcesError, TaskError, amount
 from bt_ray.fingerprint import StepKey, step_keys
 from bt_ray.hosting import FailureLatch, NoModels
 from bt_ray.lm import ServedEngine, student_lm
@@ -25,6 +25,9 @@ from bt_ray.strategy import BASELINE, all_prefixes, check_distinct, every, parse
 from bt_ray.task import StepContext, Task, TaskFunction, check_optimizers, load_task, step_seed
 from bt_ray.training.job import check_trainable
 from bt_ray.weights import Weights
+
+OF_TYPE = "accelerator_type:"
+"""Begins the name of Ray's resource for nodes with GPUs of a type."""
 
 
 @dataclass(frozen=True)
@@ -221,13 +224,9 @@ def too_large(server: ServerConfig, nodes: Sequence[Mapping[str, float]]) -> str
         largest = max((node.get(resource, 0) for node in fitting), default=0)
         if needed > largest:
             return (
-                f"A server needs {_amount(needed, resource)} on one node; the largest node has {_amount(largest, resource)}."
+                f"A server needs {amount(needed, resource)} on one node; the largest node has {amount(largest, resource)}."
             )
     return None
-
-
-OF_TYPE = "accelerator_type:"
-"""Begins the name of Ray's resource for nodes with GPUs of a type."""
 
 
 def _has_its_type(server: ServerConfig, node: Mapping[str, float]) -> bool:
@@ -240,28 +239,25 @@ def _missing(config: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> str |
         return missing
     by_gpus = sorted(nodes, key=lambda node: -node.get("GPU", 0))
     free = [{"CPU": node.get("CPU", 0), "GPU": node.get("GPU", 0)} for node in by_gpus]
+    usable = [left for left, node in zip(free, by_gpus, strict=True) if _has_its_type(server, node)]
     placed = 0
-    for node in (left for left, node in zip(free, by_gpus, strict=True) if _has_its_type(server, node)):
+    for node in usable:
         while placed < server.count and node["CPU"] >= server.cpus - 1e-9 and node["GPU"] >= server.gpus - 1e-9:
             node["CPU"] -= server.cpus
             node["GPU"] -= server.gpus
             placed += 1
     if placed < server.count:
         return (
-            f"The sweep asks for {server.count} servers of {server.resources} each; the cluster has room for {placed}. "
+            f"The sweep asks for {server.count} servers of {server.needs} each; the cluster has room for {placed}. "
             f"Set server.count to {max(1, placed)}, or make the servers smaller."
         )
     if max(node["CPU"] for node in free) < trial.cpus - 1e-9:
         total = sum(node.get("CPU", 0) for node in nodes)
         return (
-            f"{server.count} servers of {server.resources} each leave no {trial.cpus} CPU for a trial: the cluster has "
-            f"{_amount(total, 'CPU')}. Set server.cpus a little lower (server.threads stays what it is), or trial.cpus."
+            f"{server.count} servers of {server.needs} each leave no {trial.cpus} CPU for a trial: the cluster has "
+            f"{amount(total, 'CPU')}. Set server.cpus a little lower (server.threads stays what it is), or trial.cpus."
         )
     return None
-
-
-def _amount(number: float, resource: str) -> str:
-    return f"{number:g} {resource}{'' if number == 1 else 's'}"
 
 
 def inside_job() -> bool:

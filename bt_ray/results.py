@@ -2,8 +2,9 @@
 
 import json
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
 
@@ -72,6 +73,11 @@ def failure_of(error: Exception) -> StepFailure:
     if isinstance(error, StepFailed):
         return StepFailure(str(error), error.traceback)
     return StepFailure(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
+
+
+def best_so_far(scores: Iterable[float | None]) -> list[float | None]:
+    """The best score up to each one, None where nothing was validated yet."""
+    return list(accumulate(scores, lambda best, score: max((s for s in (best, score) if s is not None), default=None)))
 
 
 def one_line(error: Exception) -> str:

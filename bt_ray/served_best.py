@@ -4,7 +4,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,7 +19,7 @@ LOOK_S = 1.0
 """Seconds between two looks at whether the servers are alive."""
 
 
-class Serving(Protocol):
+class ServingSlot(Protocol):
     """A slot, of this process or elsewhere."""
 
     def serve(self, weights: Weights) -> Endpoint: ...
@@ -27,7 +27,7 @@ class Serving(Protocol):
     def close(self) -> None: ...
 
 
-MakeSlot = Callable[[int, str], Serving]
+MakeSlot = Callable[[int, str], ServingSlot]
 """Makes the slot of this number, whose requests must bear the token."""
 
 
@@ -42,7 +42,7 @@ class ServedBest:
 
     endpoints: tuple[Endpoint, ...]
     token: str = field(repr=False)
-    _slots: tuple[tuple[Serving, Weights], ...]
+    _slots: tuple[tuple[ServingSlot, Weights], ...]
 
     def keep_up(self, tell: Callable[[str], None]) -> None:
         """Start a server again that died or hangs; returns never. It is at the same address, unless its node was lost.
@@ -75,14 +75,10 @@ def served_best(kept: Kept, make_slot: MakeSlot, token: str | None = None) -> It
     if not kept.weights:
         raise ConfigError("All models of this program are APIs': there is none to serve.")
     token = token or secrets.token_urlsafe(32)
-    endpoints, slots = [], []
     with ExitStack() as opened:
-        made = [make_slot(number, token) for number in range(len(kept.weights))]
-        for slot, weights in zip(made, kept.weights.values(), strict=True):
-            opened.callback(slot.close)
-            slots.append((slot, weights))
-            endpoints.append(slot.serve(weights))
-        yield ServedBest(tuple(endpoints), token, tuple(slots))
+        slots = [opened.enter_context(closing(make_slot(number, token))) for number in range(len(kept.weights))]
+        served = tuple(zip(slots, kept.weights.values(), strict=True))
+        yield ServedBest(tuple(slot.serve(weights) for slot, weights in served), token, served)
 
 
 def here(kept: Kept, *, host: str, port: int) -> MakeSlot:

@@ -151,7 +151,7 @@ def load_task(source: str | TaskFunction, args: Mapping[str, Any] | None = None)
         TaskError: Nothing can be loaded, the function does not take `args`, or what it returns is no usable task.
     """
     spec = source if isinstance(source, str) else task_spec(source)
-    # An LM of `bt_ray.served` belongs to one call of the function, so a file that makes one is to say so.
+    # Outside of the context in which `bt_ray.served` works: what a file makes once would belong to its first call alone.
     function = Context().run(_imported, source) if isinstance(source, str) else source
     if not callable(function):
         raise TaskError(f"{spec} is no function.")

@@ -248,6 +248,7 @@ class _Reporter:
             self._best = step.score if self._best is None else max(self._best, step.score)
         values = {"prefix": step.prefix, "score": step.score, "best_score": self._best, "seconds": step.seconds}
         values |= {"tokens": step.prompt_tokens + step.completion_tokens, "loaded": loaded}
+        # As text: Ray Tune takes dictionaries apart, and its loggers draw lists.
         tune.report({**values, "example_errors": json.dumps(step.example_errors)})
         self._reported = True
         if not loaded:

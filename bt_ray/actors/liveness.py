@@ -1,4 +1,4 @@
-"""Whether an actor still lives, told by Ray within a fraction of a second of its end; which nodes are about to go."""
+"""Whether an actor still lives, told by Ray within a fraction of a second of its end, however it ended."""
 
 import asyncio
 from typing import Any
@@ -25,8 +25,3 @@ async def until_dead(actor: "ActorHandle[Any]") -> None:
         except ray.exceptions.RayError:
             return
         await asyncio.sleep(LOOK_S)
-
-
-def draining_nodes() -> set[str]:
-    """The ids of nodes that are being drained: a cloud takes them back, the autoscaler or an administrator ends them."""
-    return set(ray._private.state.state.get_draining_nodes())  # as Ray Train does; there is no public call

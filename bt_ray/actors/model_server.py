@@ -30,8 +30,8 @@ class Served:
     change: Change
 
 
-def resources(config: ServerConfig) -> dict[str, Any]:
-    """What a slot takes of its node, as options of its actor."""
+def actor_options(config: ServerConfig) -> dict[str, Any]:
+    """What a slot takes of its node, as Ray has it."""
     return {"num_cpus": config.cpus, "num_gpus": config.gpus, "accelerator_type": config.accelerator_type}
 
 

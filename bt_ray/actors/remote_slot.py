@@ -2,23 +2,21 @@
 
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 
 from bt_ray.actors.calls import ActorGone, ask
-from bt_ray.actors.model_server import ModelServer, Served, resources
-from bt_ray.config import ServerConfig
+from bt_ray.actors.model_server import ModelServer, Served, actor_options
+from bt_ray.config import ServerConfig, SweepConfig
 from bt_ray.errors import ServerError
+from bt_ray.nodes import NEWS_S, free_resources, node_resources
+from bt_ray.preflight import check_one_server
 from bt_ray.serving.server import Endpoint
 from bt_ray.slot import SlotStatus
 from bt_ray.weights import Weights
 
-if TYPE_CHECKING:
-    from ray.actor import ActorHandle
-
-ROOM_S = 15.0
-"""Seconds between two lines about a slot that waits for room."""
 STATUS_S = 30.0
 
 
@@ -71,12 +69,34 @@ class RemoteSlot:
                 ray.kill(self._actor)
 
     def _placed(self) -> "ActorHandle[Any]":
-        config = self._config
-        actor = ModelServer.options(**resources(config)).remote(  # type: ignore[attr-defined]
-            self._name, config, self._token, True, self._run_dir, keeps_records=False, port=self._port
+        actor = ModelServer.options(**actor_options(self._config)).remote(  # type: ignore[attr-defined]
+            self._name, self._config, self._token, True, self._run_dir, keeps_records=False, port=self._port
         )
         ready = actor.__ray_ready__.remote()
-        while not ray.wait([ready], timeout=ROOM_S)[0]:
-            free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
-            self._tell(f"Waiting for a node with {config.cpus:g} CPUs and {config.gpus:g} GPUs; free now: {free}")
+        while not ray.wait([ready], timeout=NEWS_S)[0]:
+            self._tell(f"Waiting for a node with {self._config.needs}; free now: {free_resources()}")
         return actor
+
+
+def on_cluster(
+    config: SweepConfig, run_dir: str, port: int, tell: Callable[[str], None]
+) -> Callable[[int, str], RemoteSlot]:
+    """Makes slots on the cluster, for `bt_ray.served_best.served_best`.
+
+    Args:
+        config: The sweep's settings.
+        run_dir: Where the weights are.
+        port: Of the first server; others have the ports after it. 0: free ones.
+        tell: Told while there is no room.
+
+    Raises:
+        ResourcesError: No node of the cluster is large enough.
+    """
+    check_one_server(config, node_resources())
+
+    def make(number: int, token: str) -> RemoteSlot:
+        its_port = port + number if port else 0
+        name = f"serve-{number + 1}"
+        return RemoteSlot(name, config.server, token=token, run_dir=run_dir, port=its_port, tell=tell)
+
+    return make

@@ -19,18 +19,20 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from bt_ray.actors.leases import Lease, ServerView
-from bt_ray.actors.liveness import draining_nodes, until_dead
+from bt_ray.actors.liveness import until_dead
 from bt_ray.actors.metrics import PoolMetrics
-from bt_ray.actors.model_server import ModelServer, Served, resources
+from bt_ray.actors.model_server import ModelServer, Served, actor_options
 from bt_ray.config import ServerConfig
 from bt_ray.errors import BtRayError, InfrastructureError, ServerError
 from bt_ray.events import LeaseChanged, ServerDid
+from bt_ray.nodes import draining_nodes
 from bt_ray.placement import Action, Ask, Grant, Grow, Placement, Policy, Release, Revoke, Serve, State, Stop
 from bt_ray.serving.server import Endpoint
 from bt_ray.weights import Weights
 
 TICK_S, DRAIN_S = 1.0, 5.0
 STATUS_S = 10.0
+DRAINED = "its node is being drained"
 DEATHS = 3
 """How often the servers may die that a lease waits for, or fail to be created, before it fails."""
 
@@ -188,12 +190,14 @@ class ServerPool:
         while True:
             await asyncio.sleep(DRAIN_S)
             draining: set[str] = set()
-            with contextlib.suppress(Exception):  # Ray's head is out of reach for a while
+            with contextlib.suppress(Exception):  # Ray's head is out of reach for a while; the next look tells
                 draining = await asyncio.to_thread(draining_nodes)
-            for number in [number for number, node in self._nodes.items() if node in draining]:
-                self._note_server(number, "leaving", reason=f"its node {self._nodes.pop(number)[:12]} is being drained")
-                self._placement.leaves(number, time.monotonic())
-                self._decide()
+            for number, server in list(self._placement.servers.items()):
+                node = self._nodes.get(number)
+                if node in draining and not server.leaving:
+                    self._note_server(number, "leaving", reason=f"{DRAINED}: {node}")
+                    self._placement.leaves(number, time.monotonic())
+            self._decide()
 
     def _decide(self) -> None:
         for action in self._placement.decide(time.monotonic()):
@@ -215,17 +219,15 @@ class ServerPool:
                 self._note_lease("revoked", ask, number)
             case Stop(number):
                 self._run(self._stop(number, self._actors[number]))
-            case Release(number):
-                self._note_server(
-                    number, "released", reason="idle" if number in self._nodes else "its node is being drained"
-                )
+            case Release(number, leaving):
+                self._note_server(number, "released", reason=DRAINED if leaving else "idle")
                 self._nodes.pop(number, None)
                 self._endpoints.pop(number, None)
                 self._run(self._close(self._actors.pop(number)))
 
     def _created(self, number: int) -> "ActorHandle[Any]":
         settings, config = self._settings, self._settings.config
-        return ModelServer.options(**resources(config)).remote(  # type: ignore[attr-defined]
+        return ModelServer.options(**actor_options(config)).remote(  # type: ignore[attr-defined]
             f"server-{number}", config, settings.token, settings.across_nodes, settings.run_dir
         )
 
@@ -334,7 +336,7 @@ class ServerPool:
         holders = tuple(dict.fromkeys(ask.holder.partition("#")[0] for ask in asks))
         state, weights_id, detail = server.state.value, next(iter(server.serving), None), ""
         if server.state is State.PLACING:
-            detail = f"needs {self._settings.config.resources} on one node"
+            detail = f"needs {self._settings.config.needs} on one node"
         elif actor is not None:
             with contextlib.suppress(RayError, TimeoutError):
                 status = await asyncio.wait_for(asyncio.wrap_future(actor.status.remote().future()), STATUS_S)

@@ -21,6 +21,7 @@ LAYERS: dict[str, set[str]] = {
     "event_log": {"errors", "events", "storage"},
     "placement": {"weights"},
     "config": {"errors", "storage"},
+    "sweep_toml": {"config", "errors"},
     "results": {"errors", "storage", "strategy"},
     "comparison": {"results"},
     "run_lock": {"errors", "storage"},
@@ -51,7 +52,7 @@ LAYERS: dict[str, set[str]] = {
     "lm": {"config", "errors", "failures", "hosting", "serving", "weights"},
     "local_models": {"config", "errors", "hosting", "serving", "slot", "storage", "weights"},
     "better_together": {"errors", "failures", "hosting", "lm", "results", "strategy", "task", "teachers"},
-    "served_models": {"config", "errors", "lm", "weights"},
+    "served_models": {"config", "errors", "lm", "sweep_toml", "weights"},
     "kept_steps": {"better_together", "errors", "failures", "fingerprint", "lm", "results", "served_models", "store"},
     "remote_models": {"errors", "hosting", "serving", "weights"},
     "best": {
@@ -62,7 +63,7 @@ LAYERS: dict[str, set[str]] = {
         "comparison", "event_log", "events", "fingerprint", "kept_examples", "plan", "results", "run_directory", "state",
         "storage", "store", "strategy", "trainings", "weights",
     },
-    "mlflow_runs": {"config", "errors", "events", "report", "results", "storage", "strategy"},
+    "mlflow_runs": {"config", "errors", "events", "fingerprint", "report", "results", "storage", "strategy"},
     "tune_loggers": {"config"},
     "served_best": {"best", "child", "errors", "serving", "slot", "weights"},
     "export": {"best", "errors", "node_disk", "node_weights", "results", "run_directory", "weights"},
@@ -71,44 +72,37 @@ LAYERS: dict[str, set[str]] = {
         "config", "errors", "fingerprint", "hosting", "lm", "run_directory", "served_models", "space", "strategy",
         "task", "training", "weights",
     },
+    "nodes": {"config", "preflight"},
     "claims": {"results"},
     "actors": {
-        "claims", "config", "errors", "events", "hosting", "placement", "results", "serving", "slot", "storage", "training",
-        "weights",
+        "claims", "config", "errors", "events", "hosting", "nodes", "placement", "preflight", "results", "serving", "slot",
+        "storage", "training", "weights",
     },
     "trial": {
         "actors", "better_together", "config", "errors", "failures", "fingerprint", "hosting", "kept_steps", "lm",
         "mlflow_runs", "node_disk", "results", "served_models", "storage", "store", "strategy", "task",
     },
-    "cluster": {"actors", "config", "errors", "event_log", "events", "placement", "preflight", "storage"},
+    "cluster": {"actors", "config", "errors", "event_log", "events", "nodes", "placement", "preflight", "storage"},
     "tuning": {"errors", "events", "node_disk", "search_walk", "strategy", "trial", "tune_loggers"},
     "driver": {
         "actors", "best", "cluster", "config", "errors", "events", "fingerprint", "kept_examples", "mlflow_runs",
-        "preflight", "results", "run_directory", "run_lock", "search_walk", "state", "storage", "store", "strategy", "task",
-        "trial", "tuning",
+        "preflight", "results", "run_directory", "run_lock", "search_walk", "state", "storage", "store", "strategy",
+        "sweep_toml", "task", "trial", "tuning",
     },
     "jobs": {"errors"},
     "starter": {"errors"},
     "status": {"errors", "event_log", "plan", "report", "run_directory", "state", "storage"},
     "cli": {
-        "best", "cluster", "config", "driver", "errors", "export", "jobs", "plan", "preflight", "prune", "report",
-        "run_directory", "run_lock", "served_best", "starter", "status", "storage", "store",
+        "actors", "best", "cluster", "config", "driver", "errors", "export", "jobs", "nodes", "plan", "preflight", "prune",
+        "report", "run_directory", "run_lock", "served_best", "starter", "status", "storage", "store",
+        "sweep_toml",
     },
-    "__init__": {"best", "config", "driver", "errors", "results", "served_models", "task", "teachers"},
+    "__init__": {"best", "config", "driver", "errors", "results", "served_models", "sweep_toml", "task", "teachers"},
 }  # fmt: skip
 
 RAY_FREE = set(LAYERS) - {
-    "space",
-    "jobs",
-    "tune_loggers",
-    "actors",
-    "trial",
-    "cluster",
-    "tuning",
-    "driver",
-    "cli",
-    "__init__",
-}
+    "space", "tune_loggers", "nodes", "actors", "trial", "cluster", "tuning", "driver", "jobs", "cli", "__init__",
+}  # fmt: skip
 TORCH_FREE = {"torch", "trl", "peft", "transformers", "datasets", "accelerate"}
 
 

@@ -246,7 +246,7 @@ def test_a_server_whose_node_goes_away_keeps_what_it_does_and_gets_nothing_new()
     pool.settle(1)
     assert (pool.server_of(training), pool.server_of(waiting)) == (0, 1), "another server in its place, at once"
     pool.end(training)
-    assert Release(0) in pool.done
+    assert Release(0, leaving=True) in pool.done
     pool.placement.leaves(1, pool.now)
     pool.end(waiting)
     assert pool.server_of(pool.ask(B)) == 2

@@ -1,0 +1,50 @@
+"""What Ray knows of the nodes of its cluster, and where a sweep's own actors go on them."""
+
+from typing import Any
+
+import ray
+
+from bt_ray.config import ServerConfig
+from bt_ray.preflight import too_large
+
+NEWS_S = 15.0
+"""Seconds between two lines about what waits for room."""
+
+
+def node_resources() -> list[dict[str, float]]:
+    """The resources of each node that is there, used or not."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def free_resources() -> dict[str, float]:
+    """The cores and GPUs of all nodes that nobody uses."""
+    return {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
+
+
+def draining_nodes() -> set[str]:
+    """The ids of nodes that are about to go: a cloud takes them back, the autoscaler or an administrator ends them."""
+    return set(ray._private.state.state.get_draining_nodes())  # as Ray Train does; there is no public call
+
+
+def beside_the_driver() -> Any:
+    """Where a sweep's own actors go: to the node whose loss ends the sweep anyway, not to one that comes and goes."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # Not soft: Ray places an actor that asks for no resources anywhere then.
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def can_never_come(server: ServerConfig) -> bool:
+    """Whether the autoscaler says (its version 2 does) that it has no type of node for a server.
+
+    It says the same of one that waits for a node which others use; but then there is a node that is large enough.
+    """
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+    if too_large(server, node_resources()) is None:
+        return False
+    client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+    state = GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=10)).autoscaling_state
+    wanted = {"CPU": server.cpus, "GPU": server.gpus}
+    bundles = [request.resources_bundle for request in state.infeasible_resource_requests]
+    return any(all(bundle.get(name, 0) == amount for name, amount in wanted.items()) for bundle in bundles)
