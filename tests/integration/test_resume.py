@@ -20,6 +20,8 @@ import bt_ray
 from bt_ray.storage import Storage, open_storage
 
 Computed = Callable[[], Counter[str]]
+ON_A_DISK = pytest.mark.parametrize("settings", ["filesystem"], indirect=True)
+"""What the kind of run directory makes no difference to."""
 ALL = [" -> ".join(keys) for length in (1, 2, 3) for keys in itertools.product("pw", repeat=length)]
 
 
@@ -62,6 +64,7 @@ def scores(result: bt_ray.SweepResult) -> dict[tuple[str, str], float | None]:
     return {(c.strategy, c.prefix): c.score for trial in result.trials for c in trial.candidates}
 
 
+@ON_A_DISK
 @pytest.mark.usefixtures("local_ray")
 def test_all_strategies_up_to_length_3_are_14_steps_and_a_baseline(counted: dict[str, Any], computed: Computed) -> None:
     result = sweep(counted, strategies=ALL, server={**counted["server"], "count": 3})
@@ -80,6 +83,7 @@ def demos(result: bt_ray.SweepResult, trial: int) -> list[Any]:
     return [run_dir.read_json(candidate.program)["demos"] for candidate in result.trials[trial].candidates]
 
 
+@ON_A_DISK
 @pytest.mark.usefixtures("local_ray")
 def test_a_second_run_computes_only_what_is_new(counted: dict[str, Any], computed: Computed, request_log: Any) -> None:
     first = sweep(counted, strategies=["p -> w"])
@@ -111,6 +115,7 @@ def command(*arguments: str) -> str:
     return done.stdout
 
 
+@ON_A_DISK
 @pytest.mark.usefixtures("local_ray")
 def test_a_plan_says_what_is_new_and_steps_lists_what_is_there(
     counted: dict[str, Any], run_dir: Storage, tmp_path: Path
@@ -137,6 +142,7 @@ def test_a_plan_says_what_is_new_and_steps_lists_what_is_there(
     assert "20 requests, 40 tokens" in listed
 
 
+@ON_A_DISK
 @pytest.mark.usefixtures("local_ray")
 def test_a_change_that_affects_finished_steps_is_told_and_accepted_only_on_demand(
     counted: dict[str, Any], run_dir: Storage, computed: Computed
@@ -213,6 +219,7 @@ def test_what_no_finished_step_needs_can_be_pruned(settings: dict[str, Any], run
     assert run_dir.names("weights") == list(again.best.weights.values())
 
 
+@ON_A_DISK
 @pytest.mark.usefixtures("local_ray")
 def test_a_step_that_fails_has_failed_for_all_that_want_it(settings: dict[str, Any]) -> None:
     result = sweep(settings, strategies=["p -> bad -> w", "p -> bad"])
@@ -271,13 +278,11 @@ def test_one_driver_at_a_time_holds_a_run_directory(tmp_path: Path, settings: di
 
 @pytest.mark.long
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize("kind", ["503"])
+@pytest.mark.parametrize("settings", ["s3"], indirect=True)
 def test_an_object_store_that_fails_now_and_then_costs_no_result(
-    counted: dict[str, Any], computed: Computed, run_dir: Storage, s3: ObjectStore, kind: str
+    counted: dict[str, Any], computed: Computed, s3: ObjectStore
 ) -> None:
-    if run_dir.folder is not None:
-        pytest.skip("a filesystem has no requests that fail")
-    s3.fail(kind=kind, share=0.05, seed=3)
+    s3.fail(kind="503", share=0.05, seed=3)
     try:
         result = sweep(counted, strategies=ALL, server={**counted["server"], "count": 3})
     finally:

@@ -45,6 +45,7 @@ class Cluster:
         port, dashboard_port, agent_port = free_ports(3)
         self.address = f"127.0.0.1:{port}"
         self.url = f"http://127.0.0.1:{dashboard_port}"
+        self._agent_url = f"http://127.0.0.1:{agent_port}"
         command = [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard_port}"]
         command += [f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
         command += [f"--temp-dir={self.temp_dir}"]
@@ -57,13 +58,13 @@ class Cluster:
         self.head = subprocess.Popen(command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def await_ready(self) -> None:
-        headers = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
-        wait_for("the dashboard", lambda: self._answers(headers), 90)
-        wait_for("the node's job agent", lambda: self.job("submit", "--", "true").returncode == 0, 90)
+        wait_for("the dashboard", lambda: self._answers(f"{self.url}/api/jobs/"), 90)
+        wait_for("the node's job agent", lambda: self._answers(f"{self._agent_url}/api/local_raylet_healthz"), 90)
 
-    def _answers(self, headers: dict[str, str]) -> bool:
+    def _answers(self, url: str) -> bool:
+        headers = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
         try:
-            return httpx.get(f"{self.url}/api/jobs/", headers=headers, timeout=5).status_code == 200
+            return httpx.get(url, headers=headers, timeout=5).status_code == 200
         except httpx.TransportError:
             return False
 
@@ -138,10 +139,17 @@ def autoscaling(address: str, cpus: int, gpu_nodes: int) -> dict[str, Any]:
     }
 
 
+PORTS = range(20_000, 32_768)
+"""Ray's workers take lower ones. Higher ones are those of outgoing connections, which take one at any moment."""
+
+
 def free_ports(count: int) -> list[int]:
-    """Ray wants numbers: ports that were free a moment ago."""
-    bound = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in bound]
-    for server in bound:
-        server.close()
-    return ports
+    """Ray wants numbers: ports that were free a moment ago, and that nobody takes unless it asks for just these."""
+    found: list[int] = []
+    for port in secrets.SystemRandom().sample(PORTS, len(PORTS)):
+        with contextlib.suppress(OSError):
+            socket.create_server(("127.0.0.1", port)).close()
+            found.append(port)
+        if len(found) == count:
+            break
+    return found
