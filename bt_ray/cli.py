@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -119,17 +119,19 @@ def check(
             console.print("servers    none: all LMs are APIs'")
             console.print("All good.", style="green")
             return
-        for warning in _resource_warnings(config, address):
+        for warning in _resource_warnings(config, address, checked.models_at_once):
             console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
-        needed = checked.models_at_once
-        console.print(f"servers    {config.server.count} at most; the sweep needs {needed} at a time")
-        if needed > config.server.count:
-            console.print(
-                f"warning: the program asks {needed} models at a time, and there "
-                f"{'is one server' if config.server.count == 1 else f'are {config.server.count} servers'}: it goes from one "
-                "model to another in between.",
-                style="yellow",
-            )
+        for slots, needed in checked.models_at_once.items():
+            count, of = config.server.of(slots).count, f" for {slots}" if slots else ""
+            told = f"the sweep needs {needed} at a time" if needed else "optimizers ask them, the program does not"
+            console.print(f"servers    {count} at most{of}; {told}", highlight=False)
+            if needed > count:
+                console.print(
+                    f"warning: the program asks {needed} models at a time, and there "
+                    f"{'is one server' if count == 1 else f'are {count} servers'}: it goes from one model to another in "
+                    "between.",
+                    style="yellow",
+                )
         console.print("All good.", style="green")
 
 
@@ -164,7 +166,7 @@ def plan(
         trials = [strategy for variant in checked.variants.values() for strategy in variant.strategies]
         planned = make_plan(trials, keys, finished, evaluated * len(first.task.program.predictors()))
         console.print(step_tree(planned.steps, finished), soft_wrap=True)
-        for line in plan_lines(planned, evaluated, config.server.gpus):
+        for line in plan_lines(planned, evaluated, config.student_server.gpus):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -474,16 +476,16 @@ def _load(file: Path, strategy: list[str] | None, run_dir: str | None, assignmen
     return load_config(file, overrides, assignments or (), refuse_relative=inside_job())
 
 
-def _resource_warnings(config: SweepConfig, address: str | None) -> list[str]:
+def _resource_warnings(config: SweepConfig, address: str | None, slots: Collection[str]) -> list[str]:
     """What the cluster at `address` lacks (raises), or, without one, what this machine lacks."""
     from bt_ray.preflight import check_resources
 
     if address is None:
         here = {"CPU": float(os.cpu_count() or 1)}
         try:
-            if config.server.gpus:
+            if any(config.server.of(name).gpus for name in slots):
                 return ["No --address: whether the cluster has the GPUs is not checked."]
-            check_resources(config, [here])
+            check_resources(config, [here], slots)
         except ResourcesError as error:
             return [f"On this machine alone: {error}"]
         return []
@@ -491,7 +493,7 @@ def _resource_warnings(config: SweepConfig, address: str | None) -> list[str]:
     from bt_ray.nodes import node_resources
 
     with connected(address, lambda event: None):
-        return check_resources(config, node_resources())
+        return check_resources(config, node_resources(), slots)
 
 
 @contextmanager

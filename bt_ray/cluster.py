@@ -5,12 +5,12 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from bt_ray.config import SweepConfig
-from bt_ray.errors import ResourcesError
+from bt_ray.errors import ResourcesError, amount
 from bt_ray.event_log import EventLog
 from bt_ray.events import Connected, Event, ServerChanged, ServerDid, ServerReplaced, Stage
 from bt_ray.preflight import check_resources, inside_job
@@ -65,38 +65,48 @@ def connected(address: str | None, tell: Listener) -> Iterator[bool]:
 
 
 @contextmanager
-def opened_pool(config: SweepConfig, run_dir: str, needed: int, own: bool, tell: Listener) -> Iterator[Any]:
+def opened_pool(config: SweepConfig, run_dir: str, needed: Mapping[str, int], own: bool, tell: Listener) -> Iterator[Any]:
     """The pool of model servers, with those placed that the sweep needs at least, before the first trial wants one.
 
     On a cluster that adds nodes by itself the pool grows on demand, from `needed` up to `server.count`; on any other all
     servers are placed at once. They listen on their node's address only where another node may need them.
 
+    Args:
+        config: The sweep's settings.
+        run_dir: Its run directory.
+        needed: Servers that a trial needs at a time, by whose slots they are in (`bt_ray.preflight.Checked`).
+        own: Whether this Ray is the sweep's own.
+        tell: Told what happens.
+
     Raises:
         ResourcesError: The cluster can never hold them.
     """
+    from huggingface_hub import get_token
+
     from bt_ray.actors.server_pool import ServerPool, ServerSettings
     from bt_ray.nodes import beside_the_driver, node_resources
     from bt_ray.placement import Policy
 
     nodes = node_resources()
-    for warning in check_resources(config, nodes):
+    for warning in check_resources(config, nodes, needed):
         tell(Stage(warning))
-    server = config.server
     across_nodes = not own and (len(nodes) > 1 or config.autoscaling)
-    minimum = min(needed, server.count)
-    initial = minimum if config.autoscaling else server.count
-    tell(Stage(f"Placing {initial} model server{'s' if initial > 1 else ''}"))
-    pool = ServerPool.options(scheduling_strategy=beside_the_driver()).remote(  # type: ignore[attr-defined]
-        ServerSettings(server, secrets.token_urlsafe(32), across_nodes, run_dir),
-        Policy(
+    servers = {slots: config.server.of(slots) for slots in {"": 0, **needed}}
+    policies = {
+        slots: Policy(
             limit=server.count,
-            minimum=minimum,
+            minimum=min(needed.get(slots, 0), server.count),
             turn_s=server.turn_s,
             idle_timeout_s=server.idle_timeout_s,
             stays_up=server.server_while_training != "stop",
             adapters=server.adapters,
-        ),
-        initial,
+        )
+        for slots, server in servers.items()
+    }
+    initial = {slots: policies[slots].minimum if config.autoscaling else servers[slots].count for slots in needed}
+    tell(Stage(f"Placing {amount(sum(initial.values()), 'model server')}"))
+    pool = ServerPool.options(scheduling_strategy=beside_the_driver()).remote(  # type: ignore[attr-defined]
+        ServerSettings(config.server, secrets.token_urlsafe(32), across_nodes, run_dir, get_token()), policies, initial
     )
     try:
         _await_placement(pool, initial, config, tell)
@@ -123,11 +133,12 @@ def step_claims(committed: Collection[str], first_fence: int) -> Iterator[Any]:
             ray.kill(claims)
 
 
-def _await_placement(pool: Any, count: int, config: SweepConfig, tell: Listener) -> None:
+def _await_placement(pool: Any, initial: Mapping[str, int], config: SweepConfig, tell: Listener) -> None:
     import ray
 
     from bt_ray.nodes import NEWS_S, can_never_come, free_resources
 
+    count = sum(initial.values())
     began = told = looked = time.monotonic()
     while True:
         placed, _, not_created = ray.get(pool.placed.remote())
@@ -138,11 +149,12 @@ def _await_placement(pool: Any, count: int, config: SweepConfig, tell: Listener)
         now = time.monotonic()
         if config.autoscaling and now - began > AUTOSCALER_S and now - looked > LOOK_S:
             looked = now
-            if can_never_come(config.server):
-                raise ResourcesError(
-                    f"A server needs {config.server.needs} on one node, and the cluster's autoscaler has no type of "
-                    "node with that. Make the servers smaller, or give the cluster such nodes."
-                )
+            for server in (config.server.of(slots) for slots in initial if initial[slots]):
+                if can_never_come(server):
+                    raise ResourcesError(
+                        f"A server needs {server.needs} on one node, and the cluster's autoscaler has no type of node with "
+                        "that. Make the servers smaller, or give the cluster such nodes."
+                    )
         if now - told > NEWS_S:
             told = now
             tell(Stage(f"Waiting for room for {count - placed} of {count} servers; free now: {free_resources()}"))

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serial
 
 from bt_ray.errors import ConfigError, amount, nearest
 from bt_ray.storage import check_location
+from bt_ray.weights import model_name
 
 
 class Section(BaseModel):
@@ -75,6 +76,8 @@ class ServerConfig(BaseModel):
     """Environment variables for vLLM and for training."""
     command: tuple[str, ...] | None = None
     """Another program in place of vLLM, with the same arguments and environment as `bt_ray.serving.vllm_main`."""
+    models: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Models with slots of their own, by name, each with what differs there: `[server.models."org/large"]`."""
 
     @field_validator("command", mode="before")
     @classmethod
@@ -94,6 +97,24 @@ class ServerConfig(BaseModel):
             if key not in known:
                 own = list(type(self).model_fields)
                 raise ValueError(f"unknown key {key!r}.{nearest(key, own + sorted(known))}")
+        names = [model_name(model) for model in self.models]
+        for model, name in zip(self.models, names, strict=True):
+            if names.count(name) > 1:
+                raise ValueError(f"models: two folders are called {name}: their weights could not be told apart")
+            if shared := sorted(self.models[model].keys() & OF_ALL_MODELS):
+                raise ValueError(f'models."{model}": {shared[0]} is the same for all models')
+            try:
+                self.of(name)
+            except ValidationError as error:
+                problem = _first_problem(error, ServerConfig).removeprefix(": ").removesuffix(".")
+                raise ValueError(f'models."{model}": {problem}') from None
+        return self
+
+    def of(self, name: str) -> "ServerConfig":
+        """The settings for the servers of a model, by its `bt_ray.weights.model_name`."""
+        for model, own in self.models.items():
+            if model_name(model) == name:
+                return ServerConfig.model_validate({**self.model_dump(exclude={"models"}), **own})
         return self
 
     @property
@@ -124,6 +145,8 @@ class ServerConfig(BaseModel):
         return self.while_training
 
 
+OF_ALL_MODELS = {"models", "fine_tunes", "request_timeout_s"}
+"""Keys of `[server]` that no model has of its own."""
 ENGINE_OPTIONS_OF_BT_RAY = {
     "model": "write `model` at the top level",
     "host": "a server listens where its trials reach it",
@@ -339,11 +362,19 @@ class SweepConfig(Section):
 
     def without_secrets(self) -> dict[str, Any]:
         """The settings as JSON, to be kept. `server.env` may hold secrets and is left out."""
-        return self.model_dump(mode="json", exclude={"server": {"env"}})
+        values = self.model_dump(mode="json", exclude={"server": {"env"}})
+        for own in values["server"]["models"].values():
+            own.pop("env", None)
+        return values
+
+    @property
+    def student_server(self) -> ServerConfig:
+        """The settings for the servers of the sweep's own model."""
+        return self.server.of(model_name(self.model or ""))
 
     def concurrent_trials(self, trials: int, *, served: bool) -> int:
         """Trials at a time, of so many. More than servers, because one that waits for a step of another's holds none."""
-        default = 2 * self.server.count if served else trials
+        default = 2 * self.student_server.count if served else trials
         return min(self.trial.max_concurrent or default, trials)
 
 

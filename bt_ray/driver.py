@@ -153,7 +153,7 @@ class _Sweep:
         if not isinstance(settings, StrategySearch):
             return None
         optimizers = settings.optimizers or tuple(self.checked.first.optimizers)
-        gpus, seed = self.config.server.gpus, self.config.seed
+        gpus, seed = self.config.student_server.gpus, self.config.seed
         return SearchWalk(settings, optimizers, self.finished()[""], gpus=gpus, seed=seed)
 
     def computed(

@@ -47,7 +47,7 @@ class LocalModels:
         with self._door:
             if weights.base not in self._servers:
                 name = "load" if not self._servers else f"load-{len(self._servers) + 1}"
-                self._servers[weights.base] = _Server(name, self._server_config, self._storage)
+                self._servers[weights.base] = _Server(name, self._server_config.of(weights.model), self._storage)
             return self._servers[weights.base]
 
     def lost(self, endpoint: Endpoint) -> None:

@@ -8,10 +8,12 @@ they were asked for, except that one which is no burden to those before it need 
 server that serves the weights already; a free one with the same base (a swap); one with no model in it (a start); growth
 up to the limit; a free one with another base (a relaunch); sharing; else a server whose turn is over is taken back from
 its shared leases, between two requests, so that nobody waits for ever. Where fine-tunes are adapters a server serves their
-base and several of them, so leases for different weights share it too.
+base and several of them, so leases for different weights share it too. A model may have slots of its own; then all of this
+holds among its servers, and among those of all other models.
 """
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -75,6 +77,7 @@ class Server:
 
     Attributes:
         number: Never used for two servers.
+        slots: The model whose own slot it is in; empty for the slots of all other models.
         state: What it does.
         serving: What it serves, or is going to serve, by id; empty when that is not known, or when it has no model.
         base: The base of the model in it, None when there is none.
@@ -88,6 +91,7 @@ class Server:
     """
 
     number: int
+    slots: str = ""
     state: State = State.PLACING
     serving: dict[str, Weights] = field(default_factory=dict)
     base: str | None = None
@@ -171,19 +175,19 @@ class Placement:
     """The servers, the leases on them, and those that wait.
 
     Args:
-        policy: How servers are shared out.
+        policies: How servers are shared out: under `""`, and among the slots of a model's own under its `Weights.model`.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+    def __init__(self, policies: Mapping[str, Policy]) -> None:
+        self.policies = policies
         self.servers: dict[int, Server] = {}
         self.waiting: list[Ask] = []
         self._numbers = 0
         self._actions: list[Action] = []
 
-    def grow(self, now: float) -> Server:
+    def grow(self, now: float, slots: str = "") -> Server:
         """Add a server, which `decide` has created."""
-        server = Server(self._numbers, since=now)
+        server = Server(self._numbers, slots, since=now)
         self._numbers += 1
         self.servers[server.number] = server
         self._actions.append(Grow(server.number))
@@ -258,8 +262,8 @@ class Placement:
         if server is None or server.leaving or server.state is State.PLACING:
             return
         server.leaving = True
-        if (server.leases or server.training is not None) and self._may_grow():
-            self.grow(now)
+        if (server.leases or server.training is not None) and self._may_grow(server.slots):
+            self.grow(now, server.slots)
         self._take_back_promised(server)
 
     def died(self, number: int) -> list[Ask]:
@@ -272,65 +276,84 @@ class Placement:
 
     def decide(self, now: float) -> list[Action]:
         """What to do now, in order."""
-        shared = 0
+        wanted: Counter[str] = Counter()
+        missed = Counter(ask.weights.id for ask in self.waiting if not ask.exclusive)
+        candidates: dict[str, _Candidates] = {}
         for ask in list(self.waiting):
-            server = self._server_for(ask, now)
+            slots = self._slots(ask.weights)
+            if slots not in candidates:
+                candidates[slots] = self._candidates(slots, now)
+            server = self._server_for(ask, candidates[slots], missed, now)
             if server is not None:
                 self.waiting.remove(ask)
-                shared += bool(server.leases)
+                missed[ask.weights.id] -= not ask.exclusive
+                wanted[slots] += bool(server.leases)
                 self._give(server, ask)
+                del candidates[slots]
         for server in self.servers.values():
             if server.state is State.READY:
                 for lease in sorted(server.leases.keys() - server.granted):
                     server.granted.add(lease)
                     self._actions.append(Grant(server.leases[lease], server.number))
-        placing = sum(server.state is State.PLACING for server in self.servers.values())
-        for _ in range(len(self.waiting) + shared - placing):
-            if self._may_grow():
-                self.grow(now)
+        wanted.update(self._slots(ask.weights) for ask in self.waiting)
+        wanted.subtract(server.slots for server in self.servers.values() if server.state is State.PLACING)
+        for slots in wanted.elements():
+            if self._may_grow(slots):
+                self.grow(now, slots)
         self._release_leaving()
         self._release_idle(now)
         actions, self._actions = self._actions, []
         return actions
 
-    def _server_for(self, ask: Ask, now: float) -> Server | None:
-        free = [server for server in self.servers.values() if server.free]
-        may_grow = self._may_grow() or any(s.state is State.PLACING for s in self.servers.values())
-        impatient = not may_grow or now - ask.since >= self.policy.patience_s
+    def _slots(self, weights: Weights) -> str:
+        return weights.model if weights.model in self.policies else ""
+
+    def _candidates(self, slots: str, now: float) -> "_Candidates":
+        policy, servers = self.policies[slots], [server for server in self.servers.values() if server.slots == slots]
+        found = _Candidates(
+            free=[server for server in servers if server.free],
+            may_grow=self._may_grow(slots) or any(server.state is State.PLACING for server in servers),
+        )
+        for server in servers:
+            if server.training is not None or server.leaving or server.state not in (State.READY, State.CHANGING):
+                continue
+            for weights_id in server.serving:
+                found.serving.setdefault(weights_id, []).append(server)
+            if server.state is State.READY and server.leases:
+                if policy.adapters and server.base is not None:
+                    found.by_base.setdefault(server.base, []).append(server)
+                if now - server.since >= policy.turn_s:
+                    found.turn_over.append(server)
+        return found
+
+    def _server_for(self, ask: Ask, among: "_Candidates", missed: Mapping[str, int], now: float) -> Server | None:
+        def worth(server: Server) -> tuple[int, bool, float]:
+            """Sorts first the server that others miss the least."""
+            ends = server.base is not None and not self.policies[server.slots].stays_up
+            return (sum(missed.get(weights_id, 0) for weights_id in server.serving), ends, server.idle_since)
+
+        impatient = not among.may_grow or now - ask.since >= self.policies[self._slots(ask.weights)].patience_s
+        turn_over = among.turn_over if impatient else []
         if ask.exclusive:
-            return _first(free, self._worth) or (self._turn_over(ask, now) if impatient else None)
-        others = [server for server in free if server.base is not None and server.base != ask.weights.base]
-        alike = [server for server in free if server not in others]
+            return _first(among.free, worth) or _first_to_take_back(turn_over, ask)
+        base = ask.weights.base
         return (
-            _first([server for server in free if server.serves(ask.weights)], self._worth)
-            or _first(alike, lambda server: (server.base is None, *self._worth(server)))
-            or (_first(others, self._worth) if impatient else None)
-            or _first(self._shareable(ask), lambda server: (len(server.leases), server.number))
-            or (self._turn_over(ask, now) if impatient else None)
+            _first([server for server in among.free if server.serves(ask.weights)], worth)
+            or _first([s for s in among.free if s.base in (None, base)], lambda s: (s.base is None, *worth(s)))
+            or (_first([s for s in among.free if s.base not in (None, base)], worth) if impatient else None)
+            or _first(self._shareable(ask, among), lambda server: (len(server.leases), server.number))
+            or _first_to_take_back(turn_over, ask)
         )
 
-    def _shareable(self, ask: Ask) -> list[Server]:
-        usable = (State.READY, State.CHANGING)
-        servers = [s for s in self.servers.values() if s.state in usable and s.training is None and not s.leaving]
-        return [server for server in servers if server.serves(ask.weights) or self._has_room(server, ask.weights)]
+    def _shareable(self, ask: Ask, among: "_Candidates") -> list[Server]:
+        roomy = [server for server in among.by_base.get(ask.weights.base, []) if self._has_room(server, ask.weights)]
+        return [*among.serving.get(ask.weights.id, []), *roomy]
 
     def _has_room(self, server: Server, weights: Weights) -> bool:
         """Whether a server can take an adapter beside all that its leases are for."""
         if weights.on is None or server.state is not State.READY or server.base != weights.base or not server.leases:
             return False
-        return sum(other.on is not None for other in _leased(server).values()) < self.policy.adapters
-
-    def _turn_over(self, ask: Ask, now: float) -> Server | None:
-        """A server that is to be taken back from its shared leases for `ask`."""
-        ready = [s for s in self.servers.values() if s.state is State.READY and not s.leaving]
-        turns = [server for server in ready if server.leases and server.training is None]
-        over = [server for server in turns if now - server.since >= self.policy.turn_s]
-        return _first(over, lambda server: (server.base != ask.weights.base, len(server.leases), server.since))
-
-    def _worth(self, server: Server) -> tuple[int, bool, float]:
-        """Sorts first the server that others miss the least."""
-        wanted = sum(server.serves(ask.weights) for ask in self.waiting if not ask.exclusive)
-        return (wanted, server.base is not None and not self.policy.stays_up, server.idle_since)
+        return sum(other.on is not None for other in _leased(server).values()) < self.policies[server.slots].adapters
 
     def _give(self, server: Server, ask: Ask) -> None:
         stay = server.serves(ask.weights) or self._has_room(server, ask.weights)
@@ -338,7 +361,7 @@ class Placement:
             self._actions += [Revoke(dropped, server.number) for dropped in server.drop_leases()]
         if ask.exclusive:
             server.training, server.serving = ask, {}
-            if not self.policy.stays_up:
+            if not self.policies[server.slots].stays_up:
                 server.base = None
             self._actions.append(Grant(ask, server.number))
             return
@@ -353,8 +376,9 @@ class Placement:
         server.serving = {served.id: served for served in (weights, *beside)}
         self._actions.append(Serve(server.number, weights, beside))
 
-    def _may_grow(self) -> bool:
-        return sum(not server.leaving for server in self.servers.values()) < self.policy.limit
+    def _may_grow(self, slots: str) -> bool:
+        there = sum(server.slots == slots and not server.leaving for server in self.servers.values())
+        return there < self.policies[slots].limit
 
     def _take_back_promised(self, server: Server) -> None:
         """Leases on a server that were not granted yet wait again."""
@@ -369,11 +393,13 @@ class Placement:
                 self._release(server)
 
     def _release_idle(self, now: float) -> None:
-        if self.waiting:
-            return
-        idle = [s for s in self.servers.values() if s.free and now - s.idle_since >= self.policy.idle_timeout_s]
-        for server in sorted(idle, key=lambda server: server.idle_since):
-            if len(self.servers) > self.policy.minimum:
+        wanted = {self._slots(ask.weights) for ask in self.waiting}
+        there = Counter(server.slots for server in self.servers.values())
+        free = [server for server in self.servers.values() if server.free and server.slots not in wanted]
+        for server in sorted(free, key=lambda server: server.idle_since):
+            policy = self.policies[server.slots]
+            if now - server.idle_since >= policy.idle_timeout_s and there[server.slots] > policy.minimum:
+                there[server.slots] -= 1
                 self._release(server)
 
     def _release(self, server: Server) -> None:
@@ -383,6 +409,30 @@ class Placement:
     def _holder(self, lease: int) -> str | None:
         asks = [*self.waiting, *(ask for server in self.servers.values() for ask in server.leases.values())]
         return next((ask.holder for ask in asks if ask.lease == lease), None)
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """The servers of some slots, as a lease that waits may get them: looked at once for all who wait.
+
+    Attributes:
+        free: Those with nothing on them.
+        may_grow: Whether there may be, or is about to be, another.
+        serving: Those that are not training, by the id of what they serve.
+        by_base: Those with leases, where adapters are served, by their base.
+        turn_over: Those with leases whose turn is over.
+    """
+
+    free: list[Server]
+    may_grow: bool
+    serving: dict[str, list[Server]] = field(default_factory=dict)
+    by_base: dict[str, list[Server]] = field(default_factory=dict)
+    turn_over: list[Server] = field(default_factory=list)
+
+
+def _first_to_take_back(turn_over: Iterable[Server], ask: Ask) -> Server | None:
+    """The server that is to be taken back from its shared leases for `ask`."""
+    return _first(turn_over, lambda server: (server.base != ask.weights.base, len(server.leases), server.since))
 
 
 def _leased(server: Server) -> dict[str, Weights]:

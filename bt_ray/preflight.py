@@ -4,7 +4,8 @@ import contextlib
 import io
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +25,7 @@ from bt_ray.space import Variant, variants
 from bt_ray.strategy import BASELINE, all_prefixes, check_distinct, every, parse, step_label
 from bt_ray.task import StepContext, Task, TaskFunction, check_optimizers, load_task, step_seed
 from bt_ray.training.job import check_trainable
-from bt_ray.weights import Weights
+from bt_ray.weights import Weights, model_name
 
 OF_TYPE = "accelerator_type:"
 """Begins the name of Ray's resource for nodes with GPUs of a type."""
@@ -41,7 +42,8 @@ class Checked:
         bases: The base models that the sweep serves, by id: none if all LMs are APIs'.
         examples: Sizes of trainset, valset (0: none) and testset.
         optimizers: The optimizers' class names by key.
-        models_at_once: How many versions of served models the program asks at once, at most.
+        models_at_once: How many versions of served models the program asks at once, at most: among the models with slots
+            of their own, by `Weights.model`, and under `""` among all others. Empty if the sweep serves none.
         strategies: The strategies, as they are written out; of a search all that it may try.
         keys: The key of the baseline and of each step of the strategies, by prefix.
     """
@@ -52,7 +54,7 @@ class Checked:
     bases: dict[str, Weights]
     examples: tuple[int, int, int]
     optimizers: dict[str, str]
-    models_at_once: int
+    models_at_once: dict[str, int]
     strategies: tuple[str, ...]
     keys: dict[str, StepKey]
 
@@ -77,9 +79,12 @@ class CheckedSweep:
         return {weights_id: base for checked in self.variants.values() for weights_id, base in checked.bases.items()}
 
     @property
-    def models_at_once(self) -> int:
-        """How many versions of served models a program asks at once, at most."""
-        return max(checked.models_at_once for checked in self.variants.values())
+    def models_at_once(self) -> dict[str, int]:
+        """How many versions of served models a program asks at once, at most, by whose slots they are in."""
+        most: Counter[str] = Counter()
+        for checked in self.variants.values():
+            most |= Counter(checked.models_at_once)
+        return {slots: most[slots] for checked in self.variants.values() for slots in checked.models_at_once}
 
     @property
     def keys(self) -> dict[str, StepKey]:
@@ -109,6 +114,11 @@ def check_sweep(
     if isinstance(config.strategies, StrategySearch) and config.space:
         raise ConfigError("space: a search over strategies takes no space. Search first, then vary what it found.")
     _check_tracking(config)
+    served = checked.bases.values()
+    for model in config.server.models:
+        if model_name(model) not in checked.models_at_once:
+            shown = ", ".join(sorted({base.path for base in served})) or "none"
+            raise ConfigError(f'server.models."{model}": the sweep serves no such model. It serves: {shown}.')
     if run_dir is not None:
         if config.trial.resume_optimizers and "://" in run_dir:
             raise ConfigError(
@@ -144,13 +154,27 @@ def _checked(variant: Variant, source: str | TaskFunction) -> Checked:
     check_optimizers(task, optimizers, parsed)
     examples = _check_validation(task, config, len(strategies))
     weight_keys = {key for key, optimizer in optimizers.items() if isinstance(optimizer, FinetuneTeleprompter)}
-    served = weights_of(task.program)
-    if served and any(key in weight_keys for strategy in parsed for key in strategy):
-        check_trainable(config.server, config.train)
+    served = {models.bases[weights_id] for weights_id in weights_of(task.program).values()}
+    if any(key in weight_keys for strategy in parsed for key in strategy):
+        for weights in served:
+            check_trainable(config.server.of(weights.model), config.train)
     names = {key: type(optimizer).__name__ for key, optimizer in optimizers.items()}
-    models_at_once = len(set(served.values()))
+    models_at_once = _models_at_once(config.server, models.bases.values(), served)
     models.take_back(task.program)
     return Checked(config, variant.values, task, models.bases, examples, names, models_at_once, strategies, keys)
+
+
+def _models_at_once(server: ServerConfig, bases: Iterable[Weights], asked: Iterable[Weights]) -> dict[str, int]:
+    own = {model_name(model): model for model in server.models}
+    for base in bases:
+        if base.model in own and own[base.model] != base.path:
+            raise ConfigError(
+                f"server.models: {base.path} and {own[base.model]} are called the same, so their weights could not be told "
+                "apart. Rename one of the folders."
+            )
+    slots = {base: base.model if base.model in own else "" for base in bases}
+    at_once = Counter(slots[base] for base in asked)
+    return {name: at_once[name] for name in slots.values()}
 
 
 def _strategies(config: SweepConfig, optimizers: Mapping[str, Teleprompter]) -> tuple[str, ...]:
@@ -187,12 +211,13 @@ def _check_validation(task: Task, config: SweepConfig, strategies: int) -> tuple
     return train - held_out, held_out, test
 
 
-def check_resources(config: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> list[str]:
+def check_resources(config: SweepConfig, nodes: Sequence[Mapping[str, float]], slots: Iterable[str] = ("",)) -> list[str]:
     """Check that a cluster can ever hold the sweep's servers and one trial.
 
     Args:
         config: The sweep's settings.
         nodes: The total resources of each node (`"CPU"`, `"GPU"`).
+        slots: Whose slots the sweep uses, as `Checked.models_at_once` names them.
 
     Returns:
         Warnings: what is missing now, where `autoscaling` says that the cluster adds nodes.
@@ -200,18 +225,12 @@ def check_resources(config: SweepConfig, nodes: Sequence[Mapping[str, float]]) -
     Raises:
         ResourcesError: A fixed cluster can never give it; the message names what is missing.
     """
-    missing = _missing(config, nodes)
+    missing = _missing(config, nodes, [config.server.of(name) for name in slots])
     if missing is None:
         return []
     if config.autoscaling:
         return [f"{missing} The sweep waits for the cluster to grow."]
     raise ResourcesError(f"{missing} (If the cluster adds nodes by itself: autoscaling = true.)")
-
-
-def check_one_server(config: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> None:
-    """Raises `ResourcesError` if no node of a fixed cluster is large enough for one server."""
-    if not config.autoscaling and (missing := too_large(config.server, nodes)) is not None:
-        raise ResourcesError(missing)
 
 
 def too_large(server: ServerConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
@@ -233,31 +252,41 @@ def _has_its_type(server: ServerConfig, node: Mapping[str, float]) -> bool:
     return server.accelerator_type is None or node.get(OF_TYPE + server.accelerator_type, 0) > 0
 
 
-def _missing(config: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
-    server, trial = config.server, config.trial
-    if (missing := too_large(server, nodes)) is not None:
-        return missing
+def _missing(config: SweepConfig, nodes: Sequence[Mapping[str, float]], servers: Sequence[ServerConfig]) -> str | None:
+    for server in servers:
+        if (missing := too_large(server, nodes)) is not None:
+            return missing
     by_gpus = sorted(nodes, key=lambda node: -node.get("GPU", 0))
     free = [{"CPU": node.get("CPU", 0), "GPU": node.get("GPU", 0)} for node in by_gpus]
-    usable = [left for left, node in zip(free, by_gpus, strict=True) if _has_its_type(server, node)]
-    placed = 0
-    for node in usable:
-        while placed < server.count and node["CPU"] >= server.cpus - 1e-9 and node["GPU"] >= server.gpus - 1e-9:
-            node["CPU"] -= server.cpus
-            node["GPU"] -= server.gpus
-            placed += 1
-    if placed < server.count:
-        return (
-            f"The sweep asks for {server.count} servers of {server.needs} each; the cluster has room for {placed}. "
-            f"Set server.count to {max(1, placed)}, or make the servers smaller."
-        )
+    for server in sorted(servers, key=lambda server: (server.accelerator_type is None, -server.gpus)):
+        usable = [left for left, node in zip(free, by_gpus, strict=True) if _has_its_type(server, node)]
+        placed = 0
+        for node in usable:
+            placed += _take(server, node, server.count - placed)
+        if placed < server.count:
+            return (
+                f"The sweep asks for {amount(server.count, 'server')} of {server.needs} each; the cluster has room for "
+                f"{placed}. Set server.count to {max(1, placed)}, or make the servers smaller."
+            )
+    trial = config.trial
     if max(node["CPU"] for node in free) < trial.cpus - 1e-9:
         total = sum(node.get("CPU", 0) for node in nodes)
+        asked = " and ".join(f"{amount(server.count, 'server')} of {server.needs} each" for server in servers)
         return (
-            f"{server.count} servers of {server.needs} each leave no {trial.cpus} CPU for a trial: the cluster has "
-            f"{amount(total, 'CPU')}. Set server.cpus a little lower (server.threads stays what it is), or trial.cpus."
+            f"{asked} leave no {trial.cpus} CPU for a trial: the cluster has {amount(total, 'CPU')}. Set server.cpus a "
+            "little lower (server.threads stays what it is), or trial.cpus."
         )
     return None
+
+
+def _take(server: ServerConfig, free: dict[str, float], most: int) -> int:
+    """Take as many servers, so many at most, from what is free on a node; returns how many there was room for."""
+    taken = 0
+    while taken < most and free["CPU"] >= server.cpus - 1e-9 and free["GPU"] >= server.gpus - 1e-9:
+        free["CPU"] -= server.cpus
+        free["GPU"] -= server.gpus
+        taken += 1
+    return taken
 
 
 def inside_job() -> bool:

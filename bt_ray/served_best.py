@@ -27,8 +27,8 @@ class ServingSlot(Protocol):
     def close(self) -> None: ...
 
 
-MakeSlot = Callable[[int, str], ServingSlot]
-"""Makes the slot of this number, whose requests must bear the token."""
+MakeSlot = Callable[[int, Weights, str], ServingSlot]
+"""Makes the slot of this number for these weights, whose requests must bear the token."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def served_best(kept: Kept, make_slot: MakeSlot, token: str | None = None) -> It
         raise ConfigError("All models of this program are APIs': there is none to serve.")
     token = token or secrets.token_urlsafe(32)
     with ExitStack() as opened:
-        slots = [opened.enter_context(closing(make_slot(number, token))) for number in range(len(kept.weights))]
-        served = tuple(zip(slots, kept.weights.values(), strict=True))
+        made = [(make_slot(number, weights, token), weights) for number, weights in enumerate(kept.weights.values())]
+        served = tuple((opened.enter_context(closing(slot)), weights) for slot, weights in made)
         yield ServedBest(tuple(slot.serve(weights) for slot, weights in served), token, served)
 
 
@@ -90,11 +90,11 @@ def here(kept: Kept, *, host: str, port: int) -> MakeSlot:
         port: The port of the first server; others have the ports after it.
     """
 
-    def make(number: int, token: str) -> Slot:
+    def make(number: int, weights: Weights, token: str) -> Slot:
         _refuse_taken(host, port + number)
         return Slot(
             f"serve-{number + 1}",
-            kept.config.server,
+            kept.config.server.of(weights.model),
             token=token,
             host=host,
             storage=kept.storage,

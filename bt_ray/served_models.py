@@ -11,7 +11,7 @@ from bt_ray.config import SweepConfig
 from bt_ray.errors import TaskError
 from bt_ray.lm import MODEL_PREFIX, ServedEngine, ServedLM, assign_lm, served_lm
 from bt_ray.sweep_toml import looks_like_path
-from bt_ray.weights import Weights, base_weights
+from bt_ray.weights import Weights, base_weights, model_name
 
 
 class ServedModels:
@@ -42,7 +42,7 @@ class ServedModels:
         given = {"temperature": temperature, "max_tokens": max_tokens}
         sampling = self._config.lm.model_copy(update={name: value for name, value in given.items() if value is not None})
         if model not in self._known:
-            self._known[model] = base_weights(model, self._config.server.engine_options)
+            self._known[model] = base_weights(model, self._config.server.of(model_name(model)).engine_options)
         weights = self._known[model]
         self.bases[weights.id] = weights
         self.engine.models.add(weights)

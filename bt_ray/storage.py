@@ -65,6 +65,10 @@ class Storage(ABC):
         """The names of what is in `folder`, sorted, hidden ones left out; none if there is no such folder."""
 
     @abstractmethod
+    def files(self, folder: str) -> list[str]:
+        """The files in `folder` and all folders in it, relative to it, sorted, hidden ones left out."""
+
+    @abstractmethod
     def size(self, name: str) -> int:
         """Bytes of a file, or of all that is in a folder; 0 where there is none."""
 
@@ -181,6 +185,11 @@ class Directory(Storage):
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
+    def files(self, folder: str) -> list[str]:
+        with self._told("listed", folder) as path:
+            found = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+            return sorted(name for name in found if not name.rpartition("/")[2].startswith("."))
+
     def size(self, name: str) -> int:
         with self._told("measured", name) as path:
             if path.is_file():
@@ -270,6 +279,11 @@ class Bucket(Storage):
         with self._told("listed", folder) as path:
             found = [info.base_name for info in self._infos(path, recursive=False)]
             return sorted(name for name in found if not name.startswith("."))
+
+    def files(self, folder: str) -> list[str]:
+        with self._told("listed", folder) as path:
+            found = [info for info in self._infos(path, recursive=True) if info.is_file]
+            return sorted(info.path.removeprefix(f"{path}/") for info in found if not info.base_name.startswith("."))
 
     def size(self, name: str) -> int:
         with self._told("measured", name) as path:

@@ -7,7 +7,8 @@ readable manifest does not exist.
 
 import logging
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,6 +19,8 @@ from bt_ray.weights import MANIFEST, WEIGHTS, Weights, fine_tuned
 
 SCHEMA_VERSION = 1
 STEPS = "steps"
+READERS = 16
+"""Steps that are read at the same time: an object store takes milliseconds for each request."""
 logger = logging.getLogger(__name__)
 
 
@@ -86,9 +89,12 @@ class StepStore:
 
     def read(self, key: str) -> FinishedStep | None:
         """The finished step of `key`, None if there is none that this version can read."""
+        return self._newest(key, self.storage.names(f"{STEPS}/{key}"))
+
+    def _newest(self, key: str, names: Iterable[str]) -> FinishedStep | None:
+        """The finished step of a key in whose folder these are."""
         folder = f"{STEPS}/{key}"
-        names = [name for name in self.storage.names(folder) if name.startswith("manifest-")]
-        for name in reversed(names):
+        for name in sorted((name for name in names if name.startswith("manifest-")), reverse=True):
             step = _parsed(self.storage.read_json(f"{folder}/{name}"))
             if step is not None and step.key == key and self.storage.read_json(step.program) is not None:
                 return step
@@ -117,8 +123,19 @@ class StepStore:
 
         `bases` are the ids of weights that are no fine-tunes.
         """
-        found = ((prefix, self.read(key)) for prefix, key in keys.items())
-        return {prefix: step for prefix, step in found if step is not None and self._has_weights(step, bases)}
+        listed: dict[str, list[str]] = {}
+        for file in self.storage.files(STEPS):
+            key, _, name = file.partition("/")
+            listed.setdefault(key, []).append(name)
+
+        def usable(key: str) -> FinishedStep | None:
+            step = self._newest(key, listed[key])
+            return step if step is not None and self._has_weights(step, bases) else None
+
+        there = {prefix: key for prefix, key in keys.items() if key in listed}
+        with ThreadPoolExecutor(READERS) as readers:
+            found = zip(there, readers.map(usable, there.values()), strict=True)
+            return {prefix: step for prefix, step in found if step is not None}
 
     def _has_weights(self, step: FinishedStep, bases: Collection[str]) -> bool:
         ids = set(step.weights.values()).difference(bases)

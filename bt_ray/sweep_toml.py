@@ -74,6 +74,9 @@ def with_absolute_paths(given: Mapping[str, Any], base: Path, *, refuse_relative
     run_dir = values.get("run_dir")
     if isinstance(run_dir, str) and "://" not in run_dir:
         values["run_dir"] = str((base / Path(run_dir).expanduser()).resolve())
+    server = values.get("server")
+    if isinstance(server, Mapping) and isinstance(own := server.get("models"), Mapping):
+        values["server"] = {**server, "models": {_absolute_model(model, base): own[model] for model in own}}
     tracking = values.get("tracking")
     if isinstance(tracking, Mapping) and isinstance(folder := tracking.get("tensorboard"), str):
         values["tracking"] = {**tracking, "tensorboard": str((base / Path(folder).expanduser()).resolve())}

@@ -46,6 +46,11 @@ class Weights:
         """The id of the base model that they come from: equal bases, equal architectures."""
         return self.id if self.parent is None else self.id.rpartition(FINE_TUNE)[0]
 
+    @property
+    def model(self) -> str:
+        """The base model as its id begins: `model_name` of what the settings call it."""
+        return self.base.rpartition("-")[0]
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -53,6 +58,11 @@ class Weights:
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         on = values.get("on")
         return cls(**{**values, "on": None if on is None else cls.from_json(on)})
+
+
+def model_name(model: str) -> str:
+    """How the id of a base model begins, a folder or a model id of the hub."""
+    return Path(model).name if Path(model).is_absolute() else model.replace("/", "--")
 
 
 def base_weights(model: str, engine_options: Mapping[str, Any]) -> Weights:
@@ -68,7 +78,7 @@ def base_weights(model: str, engine_options: Mapping[str, Any]) -> Weights:
     folder = Path(model)
     if not folder.is_absolute():
         digest = hashlib.sha256(_options_text(engine_options)).hexdigest()[:6]
-        return Weights(f"{model.replace('/', '--')}-{digest}", model, revision=engine_options.get("revision"))
+        return Weights(f"{model_name(model)}-{digest}", model, revision=engine_options.get("revision"))
     try:
         return Weights(_folder_id(folder, engine_options), model)
     except OSError as error:
@@ -80,7 +90,7 @@ def _folder_id(folder: Path, engine_options: Mapping[str, Any]) -> str:
         raise ConfigError(f"model: the folder {folder} does not exist.")
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model: {folder} holds no config.json, so it is no checkpoint of transformers.")
-    return f"{folder.name}-{content_digest(folder, engine_options)}"
+    return f"{model_name(str(folder))}-{content_digest(folder, engine_options)}"
 
 
 def content_digest(folder: Path, engine_options: Mapping[str, Any]) -> str:

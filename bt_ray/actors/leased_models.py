@@ -95,7 +95,7 @@ class LeasedModels:
     def finetune(self, weights_id: str, conversations: Sequence[Conversation], train_kwargs: dict[str, Any]) -> Weights:
         parent = self.weights[weights_id]
         train = override_train(self._config.train, train_kwargs)
-        check_trainable(self._config.server, train)
+        check_trainable(self._config.server.of(parent.model), train)
         self.give_back()
         lease = self._ask_pool(parent, exclusive=True)
         try:

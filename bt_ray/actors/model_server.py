@@ -4,6 +4,7 @@ Who creates it, a sweep's pool or whoever serves the winner, takes it along in d
 however that happens.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,9 +48,12 @@ class ModelServer:
         across_nodes: bool,
         run_dir: str,
         *,
+        hub_token: str | None = None,
         keeps_records: bool = True,
         port: int = 0,
     ) -> None:
+        if hub_token is not None:
+            os.environ.setdefault("HF_TOKEN", hub_token)  # a node's own goes first; the processes of the slot inherit it
         host = ray.util.get_node_ip_address() if across_nodes else "127.0.0.1"
         storage = open_storage(run_dir)
         self._slot = Slot(name, config, token=token, host=host, storage=storage, keeps_records=keeps_records, port=port)

@@ -5,14 +5,15 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from huggingface_hub import get_token
 from ray.actor import ActorHandle
 
 from bt_ray.actors.calls import ActorGone, ask
 from bt_ray.actors.model_server import ModelServer, Served, actor_options
 from bt_ray.config import ServerConfig, SweepConfig
-from bt_ray.errors import ServerError
+from bt_ray.errors import ResourcesError, ServerError
 from bt_ray.nodes import NEWS_S, free_resources, node_resources
-from bt_ray.preflight import check_one_server
+from bt_ray.preflight import too_large
 from bt_ray.serving.server import Endpoint
 from bt_ray.slot import SlotStatus
 from bt_ray.weights import Weights
@@ -70,7 +71,14 @@ class RemoteSlot:
 
     def _placed(self) -> "ActorHandle[Any]":
         actor = ModelServer.options(**actor_options(self._config)).remote(  # type: ignore[attr-defined]
-            self._name, self._config, self._token, True, self._run_dir, keeps_records=False, port=self._port
+            self._name,
+            self._config,
+            self._token,
+            True,
+            self._run_dir,
+            hub_token=get_token(),
+            keeps_records=False,
+            port=self._port,
         )
         ready = actor.__ray_ready__.remote()
         while not ray.wait([ready], timeout=NEWS_S)[0]:
@@ -80,23 +88,23 @@ class RemoteSlot:
 
 def on_cluster(
     config: SweepConfig, run_dir: str, port: int, tell: Callable[[str], None]
-) -> Callable[[int, str], RemoteSlot]:
+) -> Callable[[int, Weights, str], RemoteSlot]:
     """Makes slots on the cluster, for `bt_ray.served_best.served_best`.
+
+    What it gives raises `ResourcesError` where no node of the cluster is large enough.
 
     Args:
         config: The sweep's settings.
         run_dir: Where the weights are.
         port: Of the first server; others have the ports after it. 0: free ones.
         tell: Told while there is no room.
-
-    Raises:
-        ResourcesError: No node of the cluster is large enough.
     """
-    check_one_server(config, node_resources())
 
-    def make(number: int, token: str) -> RemoteSlot:
+    def make(number: int, weights: Weights, token: str) -> RemoteSlot:
+        server = config.server.of(weights.model)
+        if not config.autoscaling and (missing := too_large(server, node_resources())) is not None:
+            raise ResourcesError(missing)
         its_port = port + number if port else 0
-        name = f"serve-{number + 1}"
-        return RemoteSlot(name, config.server, token=token, run_dir=run_dir, port=its_port, tell=tell)
+        return RemoteSlot(f"serve-{number + 1}", server, token=token, run_dir=run_dir, port=its_port, tell=tell)
 
     return make

@@ -11,6 +11,7 @@ import itertools
 import secrets
 import time
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,12 +47,14 @@ class ServerSettings:
         token: What every request to a server must bear.
         across_nodes: Whether servers listen on their node's address, rather than on the loopback's.
         run_dir: The sweep's run directory.
+        hub_token: The driver's token for gated models of the hub, for nodes that have none.
     """
 
     config: ServerConfig
     token: str
     across_nodes: bool
     run_dir: str
+    hub_token: str | None = None
 
     def __repr__(self) -> str:
         return f"ServerSettings({self.run_dir})"
@@ -63,13 +66,13 @@ class ServerPool:
 
     Args:
         settings: What servers are created with.
-        policy: How they are shared out.
-        initial: How many are created at once, without anybody having asked.
+        policies: How they are shared out, by whose slots they are in, as `bt_ray.placement.Placement` has them.
+        initial: How many are created at once, without anybody having asked, by the same.
     """
 
-    def __init__(self, settings: ServerSettings, policy: Policy, initial: int) -> None:
+    def __init__(self, settings: ServerSettings, policies: Mapping[str, Policy], initial: Mapping[str, int]) -> None:
         self._settings = settings
-        self._placement = Placement(policy)
+        self._placement = Placement(policies)
         self._initial = initial
         self._actors: dict[int, ActorHandle[Any]] = {}
         self._nodes: dict[int, str] = {}
@@ -173,8 +176,8 @@ class ServerPool:
         """Begin. Not in the constructor, which has no event loop."""
         if not self._open:
             self._open = True
-            for _ in range(self._initial):
-                self._placement.grow(time.monotonic())
+            for slots in Counter(self._initial).elements():
+                self._placement.grow(time.monotonic(), slots)
             self._run(self._tick())
             self._run(self._leave_draining_nodes())
             self._decide()
@@ -226,10 +229,18 @@ class ServerPool:
                 self._run(self._close(self._actors.pop(number)))
 
     def _created(self, number: int) -> "ActorHandle[Any]":
-        settings, config = self._settings, self._settings.config
+        settings, config = self._settings, self._config(number)
         return ModelServer.options(**actor_options(config)).remote(  # type: ignore[attr-defined]
-            f"server-{number}", config, settings.token, settings.across_nodes, settings.run_dir
+            f"server-{number}",
+            config,
+            settings.token,
+            settings.across_nodes,
+            settings.run_dir,
+            hub_token=settings.hub_token,
         )
+
+    def _config(self, number: int) -> ServerConfig:
+        return self._settings.config.of(self._placement.servers[number].slots)
 
     async def _place(self, number: int, actor: "ActorHandle[Any]") -> None:
         try:
@@ -336,7 +347,7 @@ class ServerPool:
         holders = tuple(dict.fromkeys(ask.holder.partition("#")[0] for ask in asks))
         state, weights_id, detail = server.state.value, next(iter(server.serving), None), ""
         if server.state is State.PLACING:
-            detail = f"needs {self._settings.config.needs} on one node"
+            detail = f"needs {self._config(number).needs} on one node"
         elif actor is not None:
             with contextlib.suppress(RayError, TimeoutError):
                 status = await asyncio.wait_for(asyncio.wrap_future(actor.status.remote().future()), STATUS_S)

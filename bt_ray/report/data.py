@@ -174,7 +174,7 @@ def read_report(storage: Storage, gpu_hour_price: float | None = None) -> Report
     """
     keys, finished = read_steps(storage)
     config = storage.read_json(CONFIG) or {}
-    gpus = float(config.get("server", {}).get("gpus", 0))
+    gpus = _gpus(config)
     written = storage.read_json(RESULT)
     result = SweepResult.from_json(written) if written is not None else None
     state = _state(storage, finished, result)
@@ -248,6 +248,13 @@ def _running_trials(state: SweepState, finished: Mapping[str, FinishedStep]) -> 
         candidates = tuple(step.candidate(trial.strategy, trial.variant) for step in steps if step is not None)
         trials.append(TrialResult(trial.strategy, candidates, trial.error or None))
     return tuple(trials)
+
+
+def _gpus(config: Mapping[str, Any]) -> float:
+    """Of each server of the sweep's own model."""
+    server = config.get("server", {})
+    own = server.get("models", {}).get(config.get("model"), {})
+    return float({**server, **own}.get("gpus", 0))
 
 
 def _cost(step: FinishedStep, gpus: float, gpu_hour_price: float | None) -> Cost:

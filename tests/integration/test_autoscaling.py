@@ -3,10 +3,12 @@
 import contextlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,10 +18,11 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from conftest import SCRIPTED_SCORES
+from conftest import SCRIPTED_SCORES, SUPPORT
 from support.cluster import HEAD_ID, RAY, Cluster
 from support.object_store import ObjectStore
 from support.processes import wait_for
+from support.scripted_model import write_model
 from support.sweep_files import toml
 
 import bt_ray
@@ -36,10 +39,10 @@ class NodeCount:
     cluster: Cluster
     seen: list[int] = field(default_factory=list)
 
-    def now(self) -> int:
+    def now(self, kind: str = "GPU") -> int:
         headers = {"Authorization": f"Bearer {self.cluster.environment['RAY_AUTH_TOKEN']}"}
         nodes = httpx.get(f"{self.cluster.url}/api/v0/nodes", headers=headers, timeout=30).json()["data"]["result"]["result"]
-        return sum(node["state"] == "ALIVE" and node["resources_total"].get("GPU", 0) > 0 for node in nodes)
+        return sum(node["state"] == "ALIVE" and node["resources_total"].get(kind, 0) > 0 for node in nodes)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -103,6 +106,10 @@ def assert_the_undisturbed_result(run_dir: str) -> None:
     assert result.test_score == 70.0
 
 
+def read_events(run_dir: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (open_storage(run_dir).read("events.jsonl") or b"").decode().splitlines()]
+
+
 @contextmanager
 def running(s3: ObjectStore) -> Iterator[Cluster]:
     cluster = Cluster(gpu_nodes=LIMIT, env=s3.environment)
@@ -150,6 +157,29 @@ def test_what_no_type_of_node_has_is_told_and_not_waited_for(sweep_toml: Path, s
         assert NodeCount(cluster).now() == 0
 
 
+def test_each_model_is_served_on_the_gpus_that_it_wants(sweep_toml: Path, s3: ObjectStore, tmp_path: Path) -> None:
+    for file in ("tasks.py", "program_tasks.py"):
+        shutil.copy(SUPPORT / file, tmp_path)
+    other = tmp_path / "other"
+    write_model(other, skill=7, tensors=("skill", "layer", "another"))
+    values = tomllib.loads(sweep_toml.read_text()) | {"task": "program_tasks.py:two_models", "strategies": ["w"]}
+    values["server"]["models"] = {"./other": {"count": 1, "accelerator_type": "H100"}}
+    sweep_toml.write_text(toml(values))
+    run_dir = f"s3://bucket/{tmp_path.name}/run"
+    with running(s3) as cluster:
+        nodes = NodeCount(cluster)
+        job = submitted(cluster, sweep_toml, run_dir)
+        wait_for("a node of each type", lambda: nodes.now("accelerator_type:L4") and nodes.now("accelerator_type:H100"), 60)
+        ended(cluster, job)
+    (trial,) = bt_ray.SweepResult.read(f"{run_dir}/result.json").trials
+    assert [candidate.score for candidate in trial.candidates] == [20.0, 50.0]
+    served: dict[int, set[bool]] = {}
+    for event in read_events(run_dir):
+        if event.get("state", "").startswith("serving"):
+            served.setdefault(event["server"], set()).add(event["weights_id"].startswith("other-"))
+    assert sorted(served.values()) == [{False}, {True}], "and on no others"
+
+
 def drain(cluster: Cluster, node: str) -> None:
     """Tell Ray that a node is about to be taken back, as a cloud's warning does."""
     command = [RAY, "drain-node", f"--address={cluster.address}", f"--node-id={node}"]
@@ -181,7 +211,7 @@ def test_a_cluster_grows_with_a_sweep_leaves_a_drained_node_and_shrinks(
     assert_the_undisturbed_result(run_dir)
     assert 2 <= max(nodes.seen) <= LIMIT
 
-    events = [json.loads(line) for line in (open_storage(run_dir).read("events.jsonl") or b"").decode().splitlines()]
+    events = read_events(run_dir)
     (left,) = [event for event in events if event.get("state") == "leaving"]
     after = [event for event in events if event.get("server") == left["server"] and event["at"] > left["at"]]
     assert "granted" not in {event["state"] for event in after}, "it gets nothing new"

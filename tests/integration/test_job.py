@@ -70,14 +70,17 @@ def assert_served_on_the_cluster(cluster: Cluster, run_dir: Path) -> None:
     """`bt-ray serve` on a node, until Ctrl-C, which leaves nothing."""
     output = run_dir.with_name("serve.txt")
     command = [sys.executable, "-u", "-m", "bt_ray.cli", "serve", str(run_dir), "--address", cluster.address]
+    gated = {**cluster.environment, "HF_TOKEN": "hf_for_gated_models"}
     with output.open("w") as opened:
-        serving = subprocess.Popen(command, stdout=opened, stderr=subprocess.STDOUT, env=cluster.environment)
+        serving = subprocess.Popen(command, stdout=opened, stderr=subprocess.STDOUT, env=gated)
     try:
         wait_for("the address", lambda: "print(program" in output.read_text() or serving.poll() is not None, 60)
         said = dict(re.findall(r"^(model|address|token) +(\S+)$", output.read_text(), re.MULTILINE))
         program = bt_ray.load(run_dir, served_at=said["address"], token=said["token"], task=f"{SUPPORT}/tasks.py:double")
         assert program(question="number 26").answer == "52"
 
+        (process,) = cluster.processes.running("scripted_server.py")
+        assert process.environ()["HF_TOKEN"] == gated["HF_TOKEN"], "a node fetches models as who started this may"
         actors = cluster.processes.named("ray::ModelServer")
         assert len(actors) == 1
         actors[0].kill()
@@ -89,6 +92,9 @@ def assert_served_on_the_cluster(cluster: Cluster, run_dir: Path) -> None:
         serving.send_signal(signal.SIGINT)
         assert serving.wait(30) == 130
     wait_for("its model process to be gone", lambda: not cluster.processes.models(), 20)
+    files = [file for folder in (run_dir.parent, cluster.temp_dir) for file in folder.rglob("*") if file.is_file()]
+    assert files
+    assert not [file for file in files if gated["HF_TOKEN"].encode() in file.read_bytes()], "it is written nowhere"
 
 
 def test_a_job_that_gives_a_relative_path_fails_with_the_reason(cluster: Cluster, working_dir: Path, model: Path) -> None:

@@ -27,10 +27,13 @@ def opened(settings: dict[str, Any]) -> Iterator[Callable[..., Pool]]:
 
     pools: list[Pool] = []
 
-    def open_pool(initial: int = 1, **policy: Any) -> Pool:
-        config = make_config(settings).server
-        given = ServerSettings(config, "token", False, settings["run_dir"])
-        pools.append(ServerPool.remote(given, Policy(**policy), initial))  # type: ignore[attr-defined]
+    def open_pool(initial: int = 1, own: Weights | None = None, **policy: Any) -> Pool:
+        """A pool, where `own` may have a slot of its own."""
+        server = {**settings["server"], "models": {own.path: {"count": 1, "cpus": 0.5}} if own else {}}
+        config = make_config({**settings, "server": server}).server
+        given = ServerSettings(config, "token", False, settings["run_dir"], hub_token="hf_of_the_driver")
+        policies = {"": Policy(**policy)} | ({own.model: Policy(limit=1, minimum=0)} if own else {})
+        pools.append(ServerPool.remote(given, policies, {"": initial}))  # type: ignore[attr-defined]
         return pools[-1]
 
     yield open_pool
@@ -103,6 +106,17 @@ def test_a_teacher_and_a_student_live_in_one_pool_and_share_one_slot_if_there_is
     assert answer(second, 8) == "16", "the student's turn was over"
     with pytest.raises((AssertionError, httpx.TransportError)):
         answer(first, 8)
+
+
+def test_a_model_with_a_slot_of_its_own_is_served_in_no_other(
+    opened: Callable[..., Pool], student: Weights, teacher: Weights
+) -> None:
+    import ray
+
+    pool = opened(limit=1, own=teacher)
+    leases = [ray.get(ask(pool, weights)) for weights in (teacher, student, teacher)]
+    assert [lease.server for lease in leases] == [1, 0, 1]
+    assert [answer(lease, 8) for lease in leases] == ["16", "wrong", "16"]
 
 
 def test_a_call_that_is_made_again_leaves_no_lease_that_nobody_knows(opened: Callable[..., Pool], student: Weights) -> None:

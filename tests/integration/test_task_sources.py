@@ -153,7 +153,7 @@ def test_a_program_at_the_top_of_its_file_is_new_to_each_call(settings: dict[str
     config = {**settings, "task": at_the_top(tmp_path, "None"), "space": {"lm.temperature": [0.0, 0.5]}}
     first, again = (check_sweep(make_config(config), None) for _ in range(2))
     assert first.keys == again.keys
-    assert [checked.models_at_once for checked in first.variants.values()] == [1, 1]
+    assert [checked.models_at_once for checked in first.variants.values()] == [{"": 1}, {"": 1}]
 
 
 def test_a_served_model_belongs_to_a_call_not_to_a_file(settings: dict[str, Any], tmp_path: Path) -> None:

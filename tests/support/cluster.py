@@ -120,6 +120,12 @@ def autoscaling(address: str, cpus: int, gpu_nodes: int) -> dict[str, Any]:
                 "min_workers": 0,
                 "max_workers": gpu_nodes,
             },
+            "large": {
+                "resources": {"CPU": 2, "GPU": 1, "accelerator_type:H100": 1, "object_store_memory": 100_000_000},
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": 1,
+            },
         },
         "head_node_type": "ray.head.default",
         "upscaling_speed": 1.0,

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 
@@ -33,6 +34,11 @@ class ObjectStore:
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
         }
+
+    def requests(self, about: str) -> list[str]:
+        """The requests so far that have this in their path or query: method and path."""
+        lines = self.faults_file.with_name("requests.txt").read_text().splitlines()
+        return [line for line in map(unquote, lines) if about in line]
 
     def fail(self, **faults: Any) -> None:
         """Let requests fail from now on; with no argument, let them through again."""

@@ -2,6 +2,8 @@
 
     python s3_server.py FAULTS_FILE        prints its port
 
+Beside it, `requests.txt` gets a line for each request: its method and path.
+
 While FAULTS_FILE holds `{"kind": "500" | "503" | "reset", "share": 0.3, "seed": 1}`, that share of the requests fails: with
 that status, or with a connection that is reset before it was answered.
 """
@@ -25,10 +27,12 @@ class Door:
     def __init__(self, faults_file: Path) -> None:
         self._app = DomainDispatcherApplication(create_backend_app)
         self._faults_file = faults_file
+        self._log = faults_file.with_name("requests.txt").open("a", buffering=1)
         self._random = random.Random(0)
         self._last: dict[str, Any] = {}
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        self._log.write(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}?{environ['QUERY_STRING']}\n")
         faults = self._faults()
         if faults and self._random.random() < faults["share"]:
             return self._fail(faults["kind"], environ, start_response)

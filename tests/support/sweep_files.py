@@ -5,7 +5,7 @@ from typing import Any
 
 
 def toml(values: dict[str, Any]) -> str:
-    """`values` as TOML: one level of tables, and `env` tables inside."""
+    """`values` as TOML: one level of tables, and those in them inline."""
     lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if not isinstance(value, dict)]
     for name, table in values.items():
         if isinstance(table, dict):
@@ -15,5 +15,6 @@ def toml(values: dict[str, Any]) -> str:
 
 def inline(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {json.dumps(item)}" for key, item in value.items()) + "}"
+        names = {key: key if key.isidentifier() else json.dumps(key) for key in value}
+        return "{" + ", ".join(f"{names[key]} = {inline(item)}" for key, item in value.items()) + "}"
     return json.dumps(value)

@@ -281,7 +281,7 @@ def test_a_machines_settings_run_the_starters_task_on_all_its_gpus(name: str, gp
         assert config.server.count * config.server.gpus == gpus
         assert config.train.batch_size % config.server.gpus == 0
         checked = check_sweep(config, None)
-        assert checked.models_at_once == 1
+        assert checked.models_at_once == {"": 1}
 
 
 # Linters, as wheels of the `dev` extra bring them

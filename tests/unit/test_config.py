@@ -36,6 +36,13 @@ def write(tmp_path: Path, text: str) -> Path:
         ({"strategies": []}, "strategies: no strategy is given"),
         ({"run_dir": "ftp://host/run"}, "run_dir: ftp:// is not supported: give a path, or a URI"),
         ({"train": {"scheduler": "linaer"}}, "train.scheduler: Input should be 'linear', 'cosine'"),
+        (
+            {"server": {"models": {"org/large": {"gpu": 4}}}},
+            "server: models.\"org/large\": unknown key 'gpu'. Did you mean 'gpus'?",
+        ),
+        ({"server": {"models": {"org/large": {"count": 0}}}}, 'models."org/large": count: Input should be greater'),
+        ({"server": {"models": {"org/large": {"fine_tunes": "merged"}}}}, "fine_tunes is the same for all models"),
+        ({"server": {"models": {"/a/large": {}, "/b/large": {}}}}, "two folders are called large"),
         ({"num_threads": 0}, "num_threads: Input should be greater than or equal to 1"),
     ],
 )
@@ -48,6 +55,17 @@ def test_a_wrong_setting_is_named_with_the_nearest_right_one(values: dict[str, o
 def test_a_missing_key_is_named() -> None:
     with pytest.raises(ConfigError, match="'strategies' is missing"):
         make_config({"task": "m:build", "model": "m"})
+
+
+def test_a_model_with_slots_of_its_own_has_what_differs_there() -> None:
+    own = {"count": 1, "gpus": 4, "accelerator_type": "H100", "max_model_len": 8192, "env": {"SECRET": "x"}}
+    server = {"count": 8, "gpus": 1, "max_model_len": 4096, "dtype": "bfloat16", "models": {"org/large": own}}
+    config = make_config({**MINIMAL, "server": server})
+    large = config.server.of("org--large")
+    assert (large.count, large.gpus, large.accelerator_type) == (1, 4, "H100")
+    assert large.engine_options == {"max_model_len": 8192, "dtype": "bfloat16"}
+    assert config.server.of("m") == config.server
+    assert "SECRET" not in str(config.without_secrets())
 
 
 def test_settings_are_frozen_and_survive_json() -> None:

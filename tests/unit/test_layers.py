@@ -20,7 +20,7 @@ LAYERS: dict[str, set[str]] = {
     "state": {"errors", "events", "storage", "strategy"},
     "event_log": {"errors", "events", "storage"},
     "placement": {"weights"},
-    "config": {"errors", "storage"},
+    "config": {"errors", "storage", "weights"},
     "sweep_toml": {"config", "errors"},
     "results": {"errors", "storage", "strategy"},
     "comparison": {"results"},

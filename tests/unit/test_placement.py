@@ -1,6 +1,8 @@
 """The pool's decisions: examples of each preference, and laws under random events."""
 
 import itertools
+from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 from hypothesis import settings as hypothesis_settings
@@ -12,6 +14,8 @@ from bt_ray.weights import Weights
 
 A, A1, A2 = Weights("a", "a"), Weights("a-ft-1", "1", "a"), Weights("a-ft-2", "2", "a")
 B = Weights("b", "b")
+BIG, BIG1 = Weights("big-0", "big"), Weights("big-0-ft-1", "3", "big-0")
+"""Of a model that may have slots of its own."""
 ALL_WEIGHTS = (A, A1, A2, B)
 X1, X2, X3 = (Weights(f"a-ft-x{n}", f"x{n}", "a", on=A) for n in (1, 2, 3))
 """Adapters on A."""
@@ -21,7 +25,7 @@ class Pool:
     """A placement, and a clock, with servers that do at once what they are told."""
 
     def __init__(self, **policy: float) -> None:
-        self.placement = Placement(Policy(**{"limit": 1, "turn_s": 60, "patience_s": 30, **policy}))  # type: ignore[arg-type]
+        self.placement = Placement({"": Policy(**{"limit": 1, "turn_s": 60, "patience_s": 30, **policy})})  # type: ignore[arg-type]
         self.now = 0.0
         self.numbers = itertools.count(1)
         self.done: list[Action] = []
@@ -70,7 +74,7 @@ def test_a_free_server_that_serves_the_weights_is_preferred() -> None:
 def test_a_swap_is_preferred_to_a_start() -> None:
     pool = Pool(limit=1)
     pool.end(pool.ask(A))
-    pool.placement.policy = Policy(limit=2)
+    pool.placement.policies = {"": Policy(limit=2)}
     pool.placement.grow(pool.now)
     pool.settle()
     assert pool.server_of(pool.ask(A1)) == 0
@@ -84,7 +88,7 @@ def test_growth_is_preferred_to_a_relaunch_until_patience_is_over() -> None:
     full.end(full.ask(A))
     assert full.server_of(full.ask(B)) == 0, "it could not grow"
 
-    slow = Placement(Policy(limit=2, patience_s=30))
+    slow = Placement({"": Policy(limit=2, patience_s=30)})
     server = slow.grow(0)
     slow.placed(server.number, 0)
     slow.asked(Ask(1, "x", A, False, 0))
@@ -111,7 +115,7 @@ def test_a_server_is_shared_at_once_while_the_pool_grows() -> None:
 
 
 def test_a_lease_on_a_server_that_is_still_changing_begins_when_it_serves() -> None:
-    placement = Placement(Policy(limit=1))
+    placement = Placement({"": Policy(limit=1)})
     placement.asked(Ask(1, "x", A, False, 0))
     assert placement.decide(0) == [Grow(0)]
     placement.placed(0, 1)
@@ -180,7 +184,7 @@ def test_a_lost_server_is_brought_back_once() -> None:
 
 
 def test_leases_that_were_promised_on_a_dead_server_wait_again_and_the_pool_grows_anew() -> None:
-    placement = Placement(Policy(limit=1))
+    placement = Placement({"": Policy(limit=1)})
     placement.asked(Ask(1, "x", A, False, 0))
     placement.decide(0)
     placement.placed(0, 0)
@@ -237,6 +241,19 @@ def test_a_lost_server_is_brought_back_with_all_that_it_served() -> None:
     assert {serve.weights.id, *(weights.id for weights in serve.beside)} == {"a", "a-ft-x1", "a-ft-x2"}
 
 
+def test_a_model_has_slots_of_its_own_and_no_other_model_gets_them() -> None:
+    pool = Pool(limit=1)
+    pool.placement.policies = {"": Policy(limit=1), "big": Policy(limit=1, minimum=0, idle_timeout_s=100)}
+    assert pool.server_of(pool.ask(A, exclusive=True)) == 0
+    large = [pool.ask(BIG), pool.ask(BIG)]
+    assert [pool.server_of(lease) for lease in large] == [1, 1]
+    assert pool.server_of(pool.ask(A1)) is None, "the other slot is not for it"
+    for lease in large:
+        pool.end(lease)
+    pool.settle(100)
+    assert [action.server for action in pool.done if isinstance(action, Release)] == [1], "whatever waits elsewhere"
+
+
 def test_a_server_whose_node_goes_away_keeps_what_it_does_and_gets_nothing_new() -> None:
     pool = Pool(limit=1)
     training = pool.ask(A, exclusive=True)
@@ -257,11 +274,13 @@ class RandomEvents(RuleBasedStateMachine):
 
     weights = ALL_WEIGHTS
     adapters = 0
+    limits: ClassVar = {"": 3}
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.placement = Placement(Policy(limit=3, turn_s=10, patience_s=5, idle_timeout_s=50, adapters=self.adapters))
+        policy = Policy(limit=0, turn_s=10, patience_s=5, idle_timeout_s=50, adapters=self.adapters)
+        self.placement = Placement({slots: replace(policy, limit=limit) for slots, limit in self.limits.items()})
         self.numbers = itertools.count(1)
         self.asked: dict[int, Ask] = {}
         self.ended: set[int] = set()
@@ -289,8 +308,11 @@ class RandomEvents(RuleBasedStateMachine):
                 case Release(number):
                     assert number not in self.placement.servers
 
-    def staying(self) -> list[Server]:
-        return [server for server in self.placement.servers.values() if not server.leaving]
+    def slots(self, weights: Weights) -> str:
+        return weights.model if weights.model in self.limits else ""
+
+    def staying(self, slots: str) -> list[Server]:
+        return [server for server in self.placement.servers.values() if server.slots == slots and not server.leaving]
 
     def in_state(self, state: State) -> list[Server]:
         return [server for server in self.placement.servers.values() if server.state is state]
@@ -362,6 +384,7 @@ class RandomEvents(RuleBasedStateMachine):
         for server in self.placement.servers.values():
             assert not (server.training and server.leases)
             assert all(server.serves(ask.weights) for ask in server.leases.values())
+            assert {self.slots(weights) for weights in server.serving.values()} <= {server.slots}
             assert sum(weights.on is not None for weights in server.serving.values()) <= self.adapters
             assert sum(weights.on is None for weights in server.serving.values()) <= 1
 
@@ -376,9 +399,10 @@ class RandomEvents(RuleBasedStateMachine):
 
     @invariant()
     def no_server_idles_while_a_lease_waits_that_it_could_serve(self) -> None:
-        may_grow = len(self.staying()) < 3 or bool(self.in_state(State.PLACING))
         for server in (server for server in self.placement.servers.values() if server.free):
-            for ask in self.placement.waiting:
+            staying = self.staying(server.slots)
+            may_grow = len(staying) < self.limits[server.slots] or any(s.state is State.PLACING for s in staying)
+            for ask in (ask for ask in self.placement.waiting if self.slots(ask.weights) == server.slots):
                 other_base = not ask.exclusive and server.base not in (None, ask.weights.base)
                 assert other_base, "it could have been served"
                 assert may_grow, "there is nothing better to wait for"
@@ -393,12 +417,18 @@ class RandomEvents(RuleBasedStateMachine):
 
     @invariant()
     def there_are_no_more_servers_than_the_limit(self) -> None:
-        assert len(self.staying()) <= 3
+        for slots, limit in self.limits.items():
+            assert len(self.staying(slots)) <= limit
 
     @invariant()
     def a_server_that_leaves_goes_when_nothing_is_on_it(self) -> None:
         for server in self.in_state(State.READY):
             assert not server.leaving or server.leases or server.training
+
+
+class RandomEventsWithSlotsOfAModelsOwn(RandomEvents):
+    weights = (A, A1, BIG, BIG1)
+    limits: ClassVar = {"": 2, "big": 2}
 
 
 class RandomEventsWithAdapters(RandomEvents):
@@ -408,5 +438,6 @@ class RandomEventsWithAdapters(RandomEvents):
 
 TestRandomEvents = RandomEvents.TestCase
 TestRandomEventsWithAdapters = RandomEventsWithAdapters.TestCase
-for case in (TestRandomEvents, TestRandomEventsWithAdapters):
+TestRandomEventsWithSlotsOfAModelsOwn = RandomEventsWithSlotsOfAModelsOwn.TestCase
+for case in (TestRandomEvents, TestRandomEventsWithAdapters, TestRandomEventsWithSlotsOfAModelsOwn):
     case.settings = hypothesis_settings(max_examples=150, stateful_step_count=60, deadline=None)

@@ -34,7 +34,9 @@ class Simulation:
     asks: dict[int, Ask] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.placement = Placement(Policy(self.limit, turn_s=60, patience_s=30, idle_timeout_s=300, adapters=self.adapters))
+        self.placement = Placement(
+            {"": Policy(self.limit, turn_s=60, patience_s=30, idle_timeout_s=300, adapters=self.adapters)}
+        )
         self.queue: list[tuple[float, int, Callable[[], None]]] = []
         self.order = itertools.count()
         self.numbers = itertools.count(1)

@@ -49,6 +49,14 @@ def test_what_is_missing_is_named(server: dict[str, Any], nodes: list[dict[str, 
     assert missing in warning
 
 
+def test_models_with_slots_of_their_own_need_room_too() -> None:
+    own = {"org/large": {"count": 1, "gpus": 8, "accelerator_type": "A100"}}
+    small = {"count": 1, "gpus": 1, "accelerator_type": "L4", "models": own}
+    assert check_resources(config(**small), A100_AND_L4, ["", "org--large"]) == []
+    with pytest.raises(ResourcesError, match="asks for 1 server of 1 A100 GPU and 1 CPU each; the cluster has room for 0"):
+        check_resources(config(**{**small, "accelerator_type": "A100", "models": own}), A100_AND_L4[:1], ["", "org--large"])
+
+
 def test_the_demos_slots_fit_on_two_cores() -> None:
     assert check_resources(config(count=2, cpus=0.9), TWO_CORES) == []
 

@@ -25,6 +25,9 @@ def test_a_file_is_read_as_it_was_written(storage: Storage) -> None:
     assert storage.size("folder/file") == len(b"second")
     assert storage.size("folder") > len(b"second")
     assert storage.size("nothing") == 0
+    assert storage.files("") == ["folder/below/value.json", "folder/file"]
+    assert storage.files("folder") == ["below/value.json", "file"]
+    assert storage.files("nothing") == []
     assert storage.names("folder/file") == []
     assert storage.read("folder/file/below") is None
 

@@ -1,12 +1,14 @@
 """The step store: what counts as finished, and which of several attempts."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.object_store import ObjectStore
 
-from bt_ray.storage import Storage
+from bt_ray.storage import Storage, open_storage
 from bt_ray.store import FinishedStep, StepStore
 from bt_ray.strategy import all_prefixes, parent, prefixes, start_order
 
@@ -42,6 +44,20 @@ def test_of_two_attempts_the_later_claim_counts(store: StepStore, order: tuple[i
     found = store.read("k")
     assert found is not None
     assert found.score == 9.0
+
+
+def test_what_is_finished_costs_an_object_store_one_list_and_two_reads_for_each_step(
+    s3: ObjectStore, tmp_path: Path
+) -> None:
+    store = StepStore(open_storage(f"s3://bucket/{tmp_path.name}"))
+    for number in range(20):
+        attempt, key = f"{number:012d}-abc", f"key{number}"
+        program = store.write_program(key, attempt, b"{}")
+        store.commit(replace(STEP, key=key, program=program), attempt)
+    before = len(s3.requests(tmp_path.name))
+    assert len(store.finished({f"p{number}": f"key{number}" for number in range(1000)}, {"base"})) == 20
+    asked = s3.requests(tmp_path.name)[before:]
+    assert len(asked) <= 1 + 4 * 20, asked
 
 
 def test_a_step_without_its_weights_is_not_finished(store: StepStore) -> None:
