@@ -358,6 +358,7 @@ class Placement:
     def _give(self, server: Server, ask: Ask) -> None:
         stay = server.serves(ask.weights) or self._has_room(server, ask.weights)
         if ask.exclusive or not stay:
+            self._take_back_promised(server)
             self._actions += [Revoke(dropped, server.number) for dropped in server.drop_leases()]
         if ask.exclusive:
             server.training, server.serving = ask, {}

@@ -126,6 +126,20 @@ def test_a_lease_on_a_server_that_is_still_changing_begins_when_it_serves() -> N
     assert [action.lease.lease for action in placement.decide(3) if isinstance(action, Grant)] == [1, 2]
 
 
+def test_a_lease_that_was_promised_when_its_server_is_taken_back_waits_on() -> None:
+    pool = Pool(limit=1, turn_s=60)
+    pool.ask(A)
+    pool.now += 60
+    later = [Ask(next(pool.numbers), "x", A, False, pool.now), Ask(next(pool.numbers), "y", A, True, pool.now)]
+    for ask in later:
+        pool.placement.asked(ask)
+    pool.settle()
+    joined, training = (ask.lease for ask in later)
+    assert (pool.server_of(joined), pool.server_of(training)) == (None, 0)
+    pool.end(training)
+    assert pool.server_of(joined) == 0
+
+
 @pytest.mark.parametrize("exclusive", [False, True])
 def test_a_server_whose_turn_is_over_is_taken_back_for_who_waits(exclusive: bool) -> None:
     pool = Pool(limit=1, turn_s=60)
@@ -297,6 +311,7 @@ class RandomEvents(RuleBasedStateMachine):
                     assert ask.exclusive or server.serves(ask.weights), "a lease begins on the weights it is for"
                     self.granted[ask.lease] = number
                 case Revoke(ask):
+                    assert ask.lease in self.granted, "who still waits for a lease would never hear of it"
                     self.ended.add(ask.lease)
                 case Serve(number, weights, beside):
                     server = self.placement.servers[number]
