@@ -4,6 +4,7 @@ A step is named by its prefix: `"p -> w"` is the second step of `"p -> w -> p"`.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from heapq import heapify, heappop, heappush
 from itertools import product
 from typing import TypeVar
 
@@ -80,24 +81,30 @@ T = TypeVar("T")
 
 
 def start_order(paths: Mapping[T, Sequence[str]], finished: Collection[str]) -> list[T]:
-    """The order in which to start trials: the most different unfinished steps under way first, then the longest path.
+    """The order in which to start trials: those first that leave the earliest the paths of the trials before them.
+
+    So as many different steps as possible are under way from the beginning. Among equals the one with the most to do comes
+    first, then the one that was given first.
 
     Args:
         paths: The keys of the steps of each trial, in order.
         finished: The keys of those that are finished.
     """
-    waiting, under_way, order = list(paths), set[str](), []
+    todo = {trial: [key for key in path if key not in finished] for trial, path in paths.items()}
+    taken, order = set[str](), []
 
-    def todo(trial: T) -> list[str]:
-        return [key for key in paths[trial] if key not in finished]
+    def shared(trial: T) -> int:
+        """How many of its steps come before the first that no trial so far has on its path."""
+        steps = todo[trial]
+        return next((number for number, key in enumerate(steps) if key not in taken), len(steps))
 
-    def rank(trial: T) -> tuple[bool, int]:
-        steps = todo(trial)
-        return not steps or steps[0] in under_way, -len(steps)
-
-    while waiting:
-        chosen = min(waiting, key=rank)
-        waiting.remove(chosen)
-        under_way.update(todo(chosen)[:1])
-        order.append(chosen)
+    queue = [(not steps, 0, -len(steps), place, trial) for place, (trial, steps) in enumerate(todo.items())]
+    heapify(queue)
+    while queue:
+        nothing_left, before, length, place, trial = heappop(queue)
+        if (now := shared(trial)) > before:  # it only grows
+            heappush(queue, (nothing_left, now, length, place, trial))
+            continue
+        taken.update(todo[trial])
+        order.append(trial)
     return order

@@ -74,6 +74,7 @@ class App:
     def __init__(self, engine: ScriptedEngine) -> None:
         self.engine = engine
         self.delay_s = float(os.environ.get("SCRIPTED_DELAY_S", "0"))
+        self.at_once = asyncio.Semaphore(int(os.environ.get("SCRIPTED_AT_ONCE", "1000000")))
         self.together = asyncio.Barrier(int(os.environ.get("SCRIPTED_TOGETHER", "1")))
         self.in_flight = 0
 
@@ -110,7 +111,8 @@ class App:
         arrived = self.in_flight
         try:
             await self.together.wait()
-            await asyncio.sleep(self.delay_s)
+            async with self.at_once:
+                await asyncio.sleep(self.delay_s)
         finally:
             self.in_flight -= 1
         return arrived

@@ -10,7 +10,7 @@ from support.object_store import ObjectStore
 
 from bt_ray.storage import Storage, open_storage
 from bt_ray.store import FinishedStep, StepStore
-from bt_ray.strategy import all_prefixes, parent, prefixes, start_order
+from bt_ray.strategy import all_prefixes, every, parent, prefixes, start_order
 
 STEP = FinishedStep("k", "parent", "p", 50.0, (1.0, 0.0), 0.0, 1.0, {"self": "base"}, "", 3, {"dspy": "3.4.1"})
 
@@ -88,3 +88,18 @@ def test_trials_start_with_the_most_different_steps_under_way(strategies: list[s
     firsts = [next((p for p in prefixes(s) if p not in finished), None) for s in order]
     different = {first for first in firsts if first}
     assert set(firsts[: len(different)]) == different, "no two start with the same step while others are not started"
+    taken: set[str] = set()
+    for number, chosen in enumerate(order):
+        todo = {s: [p for p in prefixes(s) if p not in finished] for s in order[number:]}
+        shared = {s: next((n for n, p in enumerate(left) if p not in taken), len(left)) for s, left in todo.items() if left}
+        if chosen in shared:
+            assert shared[chosen] == min(shared.values()), "no other leaves the paths that were taken any earlier"
+            assert all(len(todo[s]) <= len(todo[chosen]) for s in shared if shared[s] == shared[chosen])
+        taken.update(todo[chosen])
+
+
+def test_ten_thousand_trials_are_ordered_at_once() -> None:
+    strategies = every("pwx", 8)
+    order = start_order({strategy: prefixes(strategy) for strategy in strategies}, ())
+    assert len(order) == len(strategies) == 9840
+    assert len({prefixes(strategy)[1] for strategy in order[:9]}) == 9, "all pairs are under way with the first nine trials"

@@ -1,0 +1,326 @@
+"""Measure what a sweep saves against a loop over `dspy.BetterTogether`, and how far it is from the best schedule.
+
+    python scripts/bench_sweep.py real --model models/SmolLM2-135M-Instruct     # about 50 minutes on two cores
+    python scripts/bench_sweep.py set-times --slots 1 2 4 8 --repeats 5
+
+`real`: the demo's task and settings on real vLLM, six strategies. First as one would do it without bt_ray: one strategy
+after the other, a server that is stopped before each fine-tune and started after it, and the same trainer, with all cores.
+Then the sweep. Each side is a process of its own with an empty DSPy cache.
+
+`set-times`: all strategies of `p` and `w` up to a length, with scripted servers that answer one request at a time, and
+trainings that sleep, so that it is known how long each step takes. The makespan, from the first step's start to the last
+one's end, stands beside the best possible one: found by trying all schedules up to 15 steps, else what none can beat.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+SUPPORT = ROOT / "tests" / "support"
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
+
+from simulate import lower_bound, trains  # noqa: E402 - the path comes first
+
+from bt_ray.strategy import BASELINE, all_prefixes, every, parent, prefixes  # noqa: E402
+
+SIX = ["p", "w", "p -> w", "w -> p", "p -> w -> p", "w -> p -> w"]
+EXHAUSTIVE = 15
+"""Steps up to which all schedules are tried."""
+EXAMPLES = 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    real = kinds.add_parser("real")
+    real.add_argument("--model", type=Path, required=True)
+    real.add_argument("--strategies", nargs="+", default=SIX)
+    real.add_argument("--side", choices=["loop", "sweep"], help="only this one")
+    set_times = kinds.add_parser("set-times")
+    set_times.add_argument("--slots", type=int, nargs="+", default=[1, 2, 4, 8])
+    set_times.add_argument("--repeats", type=int, default=5)
+    set_times.add_argument("--max-length", type=int, default=3)
+    set_times.add_argument("--evaluate", type=float, default=20.0, help="seconds of an evaluation (default: %(default)s)")
+    set_times.add_argument("--train", type=float, nargs="+", default=[0.0, 30.0], help="of a training; each is a case")
+    child = kinds.add_parser("child")
+    child.add_argument("side", choices=["loop", "sweep"])
+    child.add_argument("settings", type=Path)
+    options = parser.parse_args()
+    if options.kind == "child":
+        found = (looped if options.side == "loop" else swept)(json.loads(options.settings.read_text()))
+        options.settings.with_suffix(".found.json").write_text(json.dumps(found))
+    elif options.kind == "real":
+        compare_real(options.model.resolve(), options.strategies, [options.side] if options.side else ["loop", "sweep"])
+    else:
+        compare_set_times(options)
+
+
+def compare_real(model: Path, strategies: Sequence[str], sides: Sequence[str]) -> None:
+    iris = ROOT / "scripts" / "iris"
+    values = tomllib.loads((iris / "sweep.toml").read_text())
+    values |= {"task": f"{iris / 'task.py'}:build", "model": str(model), "strategies": list(strategies)}
+    found = {}
+    for side in sides:
+        server = {"count": 1, "threads": os.cpu_count()} if side == "loop" else {}
+        found[side] = run(side, {**values, "server": {**values["server"], **server}})
+        wall, scores = found[side]["wall_s"], found[side]["scores"]
+        print(f"\n{side}: {wall:.0f} s, {found[side]['starts']} starts of vLLM, {found[side]['steps']} steps", flush=True)
+        for strategy in strategies:
+            steps = [f"{s:.1f}" for s in scores[strategy]]
+            print(f"  {strategy:<12} {' '.join(steps)}", flush=True)
+    if len(found) == len(("loop", "sweep")):
+        best = {side: max(score for scores in of["scores"].values() for score in scores) for side, of in found.items()}
+        print(f"\nwall time, sweep / loop  {found['sweep']['wall_s'] / found['loop']['wall_s']:.3f}")
+        print(f"best score               sweep {best['sweep']:.1f} %, loop {best['loop']:.1f} %")
+        print(f"idle share of the slots  {found['sweep']['idle']:.0%}")
+
+
+def compare_set_times(options: argparse.Namespace) -> None:
+    strategies = every("pw", options.max_length)
+    steps = [BASELINE, *all_prefixes(strategies)]
+    one_by_one = [step for strategy in strategies for step in [BASELINE, *prefixes(strategy)]]
+    print(f"{len(strategies)} strategies, {len(steps)} steps; an evaluation takes {options.evaluate:g} s.")
+    print("slots  training   makespan  of           best    ratio   idle  starts  loop / sweep")
+    for train_s in options.train:
+        seconds = {step: options.evaluate + (train_s if trains(step) else 0.0) for step in steps}
+        sequential = sum(seconds[step] for step in one_by_one)
+        for slots in options.slots:
+            best = best_makespan(seconds, slots)
+            found = [run("sweep", scripted(strategies, slots, options.evaluate, train_s)) for _ in range(options.repeats)]
+            spans = sorted(of["makespan_s"] for of in found)
+            span = statistics.median(spans)
+            idle, starts = (statistics.median(of[what] for of in found) for what in ("idle", "starts"))
+            between = f"{spans[0]:.0f} - {spans[-1]:.0f}"
+            line = f"{slots:5}  {train_s:6g} s  {span:7.1f} s  {between:<11}{best:6.1f} s  {span / best:.3f}  {idle:5.0%}"
+            print(f"{line}  {starts:6g}  {sequential / span:12.2f}", flush=True)
+
+
+def scripted(strategies: Sequence[str], slots: int, evaluate_s: float, train_s: float) -> dict[str, Any]:
+    """Settings of a sweep whose steps take known times."""
+    env = {"SCRIPTED_DELAY_S": str(evaluate_s / EXAMPLES), "SCRIPTED_AT_ONCE": "1", "SCRIPTED_TRAIN_S": str(train_s)}
+    return {
+        "task": f"{SUPPORT / 'tasks.py'}:without_testset",
+        "strategies": list(strategies),
+        "num_threads": EXAMPLES,
+        "server": {
+            "count": slots,
+            "cpus": 0.1,
+            "command": [sys.executable, str(SUPPORT / "scripted_server.py")],
+            "env": env,
+        },
+        "train": {"command": [sys.executable, str(SUPPORT / "scripted_trainer.py")]},
+    }
+
+
+def run(side: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Run one side in a process of its own, in an empty folder with an empty cache; what it found."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Path(folder, "settings.json")
+        if "model" not in values:
+            from support.scripted_model import write_model
+
+            write_model(Path(folder, "scripted-model"), skill=2)
+            values = {**values, "model": f"{folder}/scripted-model"}
+        settings.write_text(json.dumps({**values, "run_dir": f"{folder}/run"}))
+        env = {**os.environ, "DSPY_CACHEDIR": f"{folder}/dspy_cache", "BT_RAY_CACHE": f"{folder}/cache"}
+        log = Path(folder, "log.txt")
+        with log.open("w") as output:
+            command = [sys.executable, str(Path(__file__)), "child", side, str(settings)]
+            done = subprocess.run(command, env=env, stdout=output, stderr=output, check=False)
+        if done.returncode:
+            sys.exit(log.read_text()[-3000:])
+        found: dict[str, Any] = json.loads(settings.with_suffix(".found.json").read_text())
+        return found
+
+
+def swept(values: dict[str, Any]) -> dict[str, Any]:
+    """The sweep."""
+    began = time.monotonic()
+    import ray
+
+    import bt_ray
+    from bt_ray.cluster import DRIVER_ENVIRONMENT
+
+    os.environ |= DRIVER_ENVIRONMENT
+    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, 8), include_dashboard=False, log_to_driver=False)
+    result = bt_ray.sweep(values["task"], values)
+    wall_s = time.monotonic() - began
+    candidates = [candidate for trial in result.trials for candidate in trial.candidates]
+    started, ended = min(c.started for c in candidates), 0.0
+    manifests = [json.loads(file.read_text()) for file in Path(values["run_dir"]).glob("steps/*/manifest-*.json")]
+    ended = max(manifest["started"] + manifest["seconds"] for manifest in manifests)
+    events = [json.loads(line) for line in Path(values["run_dir"], "events.jsonl").read_text().splitlines()]
+    busy = busy_seconds(events)
+    return {
+        "wall_s": wall_s,
+        "makespan_s": ended - started,
+        "idle": 1 - busy / (values["server"]["count"] * (ended - started)),
+        "starts": sum(event.get("state") == "serving, start" for event in events),
+        "steps": len(manifests),
+        "scores": {trial.strategy: [candidate.score for candidate in trial.candidates] for trial in result.trials},
+    }
+
+
+def busy_seconds(events: Sequence[Mapping[str, Any]]) -> float:
+    """How long servers had leases, summed over the servers."""
+    server_of = {event["lease"]: event["server"] for event in events if event.get("state") == "granted"}
+    held: dict[int, set[int]] = {}
+    since: dict[int, float] = {}
+    busy = 0.0
+    for event in events:
+        lease = event.get("lease")
+        if lease not in server_of or event["state"] not in ("granted", "ended", "revoked"):
+            continue
+        server = server_of[lease]
+        leases = held.setdefault(server, set())
+        if event["state"] == "granted":
+            if not leases:
+                since[server] = event["at"]
+            leases.add(lease)
+        elif lease in leases:
+            leases.remove(lease)
+            if not leases:
+                busy += event["at"] - since[server]
+    return busy
+
+
+def looped(values: dict[str, Any]) -> dict[str, Any]:
+    """`dspy.BetterTogether` for one strategy after the other, with one server that is started anew for each weights."""
+    began = time.monotonic()
+    from support.reference import reference_run
+    from support.slot_models import SlotModels
+
+    from bt_ray.config import make_config
+    from bt_ray.lm import assign_lm
+    from bt_ray.slot import Slot
+    from bt_ray.task import load_task
+
+    starts = 0
+    served = Slot.serve
+
+    def counted(slot: Slot, *arguments: Any) -> Any:
+        nonlocal starts
+        endpoint = served(slot, *arguments)
+        starts += slot.change.how == "start"
+        assert slot.change.how != "swap"
+        return endpoint
+
+    Slot.serve = counted  # type: ignore[method-assign]
+    config = make_config(values)
+    models = SlotModels(config, Path(values["run_dir"]))
+    models.finetune = stopping_first(models)  # type: ignore[method-assign]
+    scores: dict[str, list[float]] = {}
+    for strategy in values["strategies"]:
+        task, lm = load_task(config.task, {}), models.lm()
+        assign_lm(task.program, lm)
+        chosen = {"num_threads": config.num_threads, "max_errors": config.max_errors}
+        program = reference_run(task, lm, config.seed, strategy=strategy, **chosen)
+        found = {of["strategy"]: of["score"] for of in program.candidate_programs}
+        scores[strategy] = [found[prefix] for prefix in [BASELINE, *prefixes(strategy)]]
+        models.close()
+        for server in models._servers.values():
+            server.forget()
+        print(strategy, scores[strategy], f"{time.monotonic() - began:.0f} s", flush=True)
+    steps = sum(len(of) for of in scores.values())
+    return {"wall_s": time.monotonic() - began, "starts": starts, "steps": steps, "scores": scores}
+
+
+def stopping_first(models: Any) -> Any:
+    """Its `finetune`, before which the server is stopped, as one does whose server cannot go to other weights."""
+    finetune = models.finetune
+
+    def stopped(weights_id: str, *arguments: Any) -> Any:
+        models.kill(weights_id)
+        return finetune(weights_id, *arguments)
+
+    return stopped
+
+
+def best_makespan(seconds: Mapping[str, float], slots: int) -> float:
+    """The makespan of the best schedule of steps that take these seconds, each on one slot, after their parents.
+
+    Up to `EXHAUSTIVE` steps all schedules are tried that let no slot wait for a later step while it could take one; above,
+    it is what no schedule can beat.
+    """
+    bound = lower_bound({step: (took, took) for step, took in seconds.items()}, slots)
+    return bound if len(seconds) > EXHAUSTIVE else _Schedules(seconds, slots, bound).best()
+
+
+class _Schedules:
+    """All schedules of some steps, as far as they can still be the best."""
+
+    def __init__(self, seconds: Mapping[str, float], slots: int, bound: float) -> None:
+        self._seconds, self._slots, self._bound = seconds, slots, bound
+        self._children: dict[str, list[str]] = {step: [] for step in seconds}
+        for step in seconds:
+            if step:
+                self._children[parent(step)].append(step)
+        self._kinds = {step: self._kind(step) for step in seconds}
+        self._tails = {step: self._tail(step) for step in seconds}
+        self._seen: dict[Any, float] = {}
+        self._best = sum(seconds.values())
+
+    def best(self) -> float:
+        self._extend(0.0, (), (BASELINE,), self._best)
+        return self._best
+
+    def _kind(self, step: str) -> Any:
+        """Equal for steps that are the same for a schedule: they, and all below them, take equal times."""
+        return (self._seconds[step], tuple(sorted(self._kind(child) for child in self._children[step])))
+
+    def _tail(self, step: str) -> float:
+        """The longest path from the step's start."""
+        return self._seconds[step] + max((self._tail(child) for child in self._children[step]), default=0.0)
+
+    def _extend(self, now: float, running: tuple[tuple[float, str], ...], ready: tuple[str, ...], left: float) -> None:
+        """Try all ways on from here.
+
+        Args:
+            now: Seconds since the beginning.
+            running: When each step ends that is under way, and the step.
+            ready: The steps that can begin.
+            left: Seconds of all steps that have not begun.
+        """
+        if not running and not ready:
+            self._best = min(self._best, now)
+        elif self._hopeful(now, running, ready, left):
+            if ready and len(running) < self._slots:
+                different = {self._kinds[step]: step for step in ready}
+                for step in sorted(different.values(), key=lambda step: -self._tails[step]):
+                    rest = list(ready)
+                    rest.remove(step)
+                    took = self._seconds[step]
+                    self._extend(now, (*running, (now + took, step)), tuple(rest), left - took)
+                return
+            end, step = min(running)
+            others = list(running)
+            others.remove((end, step))
+            self._extend(end, tuple(others), (*ready, *self._children[step]), left)
+
+    def _hopeful(self, now: float, running: tuple[tuple[float, str], ...], ready: tuple[str, ...], left: float) -> bool:
+        """Whether this can become better than the best so far, and was not reached as early before."""
+        after = [end + self._tails[step] - self._seconds[step] for end, step in running]
+        path = max([*after, *(now + self._tails[step] for step in ready)])
+        work = now + (left + sum(end - now for end, _ in running)) / self._slots
+        if max(path, work) >= self._best - 1e-9 or self._best <= self._bound + 1e-9:
+            return False
+        under_way = sorted((round(end - now, 6), self._kinds[step][1]) for end, step in running)
+        state = (tuple(under_way), tuple(sorted(self._kinds[step] for step in ready)))
+        if self._seen.get(state, float("inf")) <= now + 1e-9:
+            return False
+        self._seen[state] = now
+        return True
+
+
+if __name__ == "__main__":
+    main()

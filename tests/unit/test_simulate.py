@@ -1,0 +1,89 @@
+"""The simulator and the bounds of the benchmarks: what can be worked out by hand."""
+
+import itertools
+import math
+import sys
+from dataclasses import replace
+
+import pytest
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from bench_sweep import best_makespan
+from simulate import Simulation, Switches, Times, lower_bound
+
+from bt_ray.strategy import BASELINE, all_prefixes, every, parent
+
+EXACT = Times(start=10, swap=1, train=100, prompt=50, evaluate=20, trial=3, spread=0)
+ALL = every("pw", 3)
+
+
+def test_one_strategy_takes_what_its_parts_take() -> None:
+    outcome = Simulation(["p -> w"], 1, EXACT, Switches()).run()
+    assert outcome.makespan == pytest.approx(3 + 10 + 20 + (50 + 20) + (100 + 1 + 20), abs=1)
+    assert (outcome.starts, outcome.swaps, outcome.steps) == (1, 1, 3)
+    assert outcome.bound == 20 + 70 + 120
+    stopped = Simulation(["p -> w"], 1, EXACT, Switches(stays_up=False)).run()
+    assert (stopped.starts, stopped.swaps) == (2, 0)
+    assert stopped.makespan == pytest.approx(outcome.makespan + 9, abs=1)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4, 8])
+def test_each_step_is_computed_once_and_nothing_beats_the_bound(slots: int) -> None:
+    outcome = Simulation(ALL, slots, replace(EXACT, spread=0.3), Switches(), seed=slots).run()
+    work = {
+        step: Simulation(ALL, slots, replace(EXACT, spread=0.3), Switches(), slots).step_work(step) for step in all_steps()
+    }
+    assert outcome.busy_seconds == pytest.approx(sum(of for _, of in work.values()))
+    assert outcome.makespan > outcome.bound
+    assert outcome.slot_seconds == pytest.approx(slots * outcome.makespan)
+
+
+def test_slots_that_are_lost_cost_what_was_under_way_and_nothing_else() -> None:
+    times = replace(EXACT, train=1000, checkpoint=200, preempted=500, grow=30)
+    lost, kept = (Simulation(ALL, 4, each, Switches()).run() for each in (times, replace(times, preempted=math.inf)))
+    assert lost.lost > 3
+    assert kept.lost == 0
+    assert kept.makespan < lost.makespan
+    assert lost.busy_seconds - kept.busy_seconds <= lost.lost * 200, "at most the time since the last checkpoint"
+
+
+def test_slots_that_are_asked_for_as_they_are_wanted_idle_less() -> None:
+    grown, held = (Simulation(ALL, 8, EXACT, Switches(grows=grows, idle_timeout_s=20)).run() for grows in (True, False))
+    assert grown.slot_seconds < held.slot_seconds
+
+
+def all_steps() -> list[str]:
+    return [BASELINE, *all_prefixes(ALL)]
+
+
+STEPS = [BASELINE, *all_prefixes(every("pw", 2))]
+
+
+@given(st.lists(st.integers(1, 9), min_size=len(STEPS), max_size=len(STEPS)), st.integers(1, 3))
+@hypothesis_settings(max_examples=50, deadline=None)
+def test_the_best_schedule_is_the_best_of_all_orders(times: list[int], slots: int) -> None:
+    seconds = dict(zip(STEPS, map(float, times), strict=True))
+    orders = itertools.permutations(STEPS[1:])
+    best = min(listed(seconds, (BASELINE, *order), slots) for order in orders)
+    assert best_makespan(seconds, slots) == pytest.approx(best)
+    assert lower_bound({step: (took, took) for step, took in seconds.items()}, slots) <= best + 1e-9
+
+
+def listed(seconds: dict[str, float], order: tuple[str, ...], slots: int) -> float:
+    """The makespan of the schedule that always begins the first step of the order that can begin."""
+    ends: dict[str, float] = {}
+    free, now, left = [0.0] * slots, 0.0, list(order)
+    while left:
+        ready = [step for step in left if not step or ends.get(parent(step), math.inf) <= now]
+        if ready and min(free) <= now:
+            left.remove(ready[0])
+            free.remove(min(free))
+            ends[ready[0]] = now + seconds[ready[0]]
+            free.append(ends[ready[0]])
+        else:
+            now = min(end for end in [*ends.values(), *free] if end > now)
+    return max(ends.values())
