@@ -22,8 +22,7 @@ class Spent:
     gpu_seconds: float = 0.0
     started: float = field(default_factory=time.monotonic)
 
-    def add(self, prefix: str, seconds: float, tokens: int) -> None:
-        self.steps += prefix != BASELINE
+    def add(self, seconds: float, tokens: int) -> None:
         self.tokens += tokens
         self.gpu_seconds += seconds * self.gpus
 
@@ -61,14 +60,14 @@ class SearchWalk:
         self._budget = settings.budget
         self._all = every(optimizers, settings.max_length)
         self._search = StrategySearch(optimizers, settings.max_length, seed=seed)
-        self._known = set(finished)
+        self._known: set[str] = set()
         self._failed: set[str] = set()
         self._under_way: set[str] = set()
         self._spent = Spent(gpus)
         self._scored = False
         self._lock = Lock()
         for prefix, step in finished.items():
-            self._spent.add(prefix, step.seconds, step.prompt_tokens + step.completion_tokens)
+            self._spent.add(step.seconds, step.prompt_tokens + step.completion_tokens)
             self._observed(prefix, step.score)
 
     def next(self) -> str | None:
@@ -86,8 +85,7 @@ class SearchWalk:
         """A step is there; `loaded` if it was computed before, by whomever."""
         with self._lock:
             if not loaded:
-                self._spent.add(prefix, seconds, tokens)
-            self._known.add(prefix)
+                self._spent.add(seconds, tokens)
             self._observed(prefix, score)
 
     def ended(self, strategy: str) -> None:
@@ -117,6 +115,9 @@ class SearchWalk:
         return tuple(sorted(found, key=lambda step: -step.score))
 
     def _observed(self, prefix: str, score: float | None) -> None:
+        # It counts with the first who reports it: that may be one who loaded it, before the one who computed it.
+        self._spent.steps += prefix != BASELINE and prefix not in self._known
+        self._known.add(prefix)
         if score is not None:
             self._search.observed(prefix, score)
             self._scored = True
