@@ -35,8 +35,6 @@ from bt_ray.weights import Weights
 
 TICK_S = 1.0
 """As the pool's: time alone may be a reason to act."""
-RENEW_S = 60.0
-"""As a trial's: a lease is asked for anew, since another server may be free now."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,7 @@ class Switches:
         longest_first: Whether trials start as a sweep starts them, or in the order given.
         turn_s: As `server.turn_s`.
         patience_s: As the pool's.
+        renew_s: Seconds after which a trial asks for its lease anew, as another server may be free.
         idle_timeout_s: As `server.idle_timeout_s`.
         stays_up: Whether a server keeps its model during a training.
         adapters: Adapters served at once; 0: merged checkpoints.
@@ -89,6 +88,7 @@ class Switches:
     longest_first: bool = True
     turn_s: float = 60.0
     patience_s: float = 30.0
+    renew_s: float = 60.0
     idle_timeout_s: float = 300.0
     stays_up: bool = True
     adapters: int = 0
@@ -360,7 +360,7 @@ class Simulation:
             lease = self._ask(holder, weights, exclusive=False)
             number = yield self._granted[lease]
             load = self.held[number].load
-            self.clock.at(RENEW_S, lambda load=load, lease=lease: load.drop(lease))  # type: ignore[misc]
+            self.clock.at(self.switches.renew_s, lambda load=load, lease=lease: load.drop(lease))  # type: ignore[misc]
             work = yield load.add(lease, work)
             self.placement.ended(lease, self.clock.now)
 
@@ -494,6 +494,8 @@ COMPARED: dict[str, dict[str, Any]] = {
     "four trials per slot": {"trials_per_slot": 4},
     "turns of 10 s": {"turn_s": 10.0},
     "turns of 10 min": {"turn_s": 600.0},
+    "leases of 15 s": {"renew_s": 15.0},
+    "leases of 10 min": {"renew_s": 600.0},
     "servers stop for a training": {"stays_up": False},
     "4 adapters at once": {"adapters": 4},
     "servers batch 4 evaluations": {"batching": 4.0},
