@@ -198,6 +198,7 @@ def test_a_damaged_step_is_computed_again_and_no_other(
         assert computed() == Counter({"baseline": 1, "p": 1, "p -> w": times}), damage.__name__
 
 
+@ON_A_DISK
 @pytest.mark.usefixtures("local_ray")
 def test_what_no_finished_step_needs_can_be_pruned(settings: dict[str, Any], run_dir: Storage) -> None:
     first = sweep(settings, strategies=["p -> w", "w"])
