@@ -68,8 +68,8 @@ def connected(address: str | None, tell: Listener) -> Iterator[bool]:
 def opened_pool(config: SweepConfig, run_dir: str, needed: Mapping[str, int], own: bool, tell: Listener) -> Iterator[Any]:
     """The pool of model servers, with those placed that the sweep needs at least, before the first trial wants one.
 
-    On a cluster that adds nodes by itself the pool grows on demand, from `needed` up to `server.count`; on any other all
-    servers are placed at once. They listen on their node's address only where another node may need them.
+    On a cluster that adds nodes by itself the pool grows on demand, from `needed` or one up to `server.count`; on any other
+    all servers are placed at once. They listen on their node's address only where another node may need them.
 
     Args:
         config: The sweep's settings.
@@ -103,7 +103,8 @@ def opened_pool(config: SweepConfig, run_dir: str, needed: Mapping[str, int], ow
         )
         for slots, server in servers.items()
     }
-    initial = {slots: policies[slots].minimum if config.autoscaling else servers[slots].count for slots in needed}
+    # One of each at least: a kind of slot that the cluster can never have is told now, not when it is first wanted.
+    initial = {slots: max(1, policies[slots].minimum) if config.autoscaling else servers[slots].count for slots in needed}
     tell(Stage(f"Placing {amount(sum(initial.values()), 'model server')}"))
     pool = ServerPool.options(scheduling_strategy=beside_the_driver()).remote(  # type: ignore[attr-defined]
         ServerSettings(config.server, secrets.token_urlsafe(32), across_nodes, run_dir, get_token()), policies, initial
@@ -149,7 +150,7 @@ def _await_placement(pool: Any, initial: Mapping[str, int], config: SweepConfig,
         now = time.monotonic()
         if config.autoscaling and now - began > AUTOSCALER_S and now - looked > LOOK_S:
             looked = now
-            for server in (config.server.of(slots) for slots in initial if initial[slots]):
+            for server in map(config.server.of, initial):
                 if can_never_come(server):
                     raise ResourcesError(
                         f"A server needs {server.needs} on one node, and the cluster's autoscaler has no type of node with "

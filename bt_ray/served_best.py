@@ -76,8 +76,10 @@ def served_best(kept: Kept, make_slot: MakeSlot, token: str | None = None) -> It
         raise ConfigError("All models of this program are APIs': there is none to serve.")
     token = token or secrets.token_urlsafe(32)
     with ExitStack() as opened:
-        made = [(make_slot(number, weights, token), weights) for number, weights in enumerate(kept.weights.values())]
-        served = tuple((opened.enter_context(closing(slot)), weights) for slot, weights in made)
+        served = tuple(
+            (opened.enter_context(closing(make_slot(number, weights, token))), weights)
+            for number, weights in enumerate(kept.weights.values())
+        )
         yield ServedBest(tuple(slot.serve(weights) for slot, weights in served), token, served)
 
 
