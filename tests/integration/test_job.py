@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from conftest import SUPPORT
 from support.cluster import Cluster
@@ -78,6 +79,7 @@ def assert_served_on_the_cluster(cluster: Cluster, run_dir: Path) -> None:
         said = dict(re.findall(r"^(model|address|token) +(\S+)$", output.read_text(), re.MULTILINE))
         program = bt_ray.load(run_dir, served_at=said["address"], token=said["token"], task=f"{SUPPORT}/tasks.py:double")
         assert program(question="number 26").answer == "52"
+        assert httpx.get(f"{said['address']}/models").status_code == 401, "whoever has no token is refused"
 
         (process,) = cluster.processes.running("scripted_server.py")
         assert process.environ()["HF_TOKEN"] == gated["HF_TOKEN"], "a node fetches models as who started this may"
@@ -95,6 +97,14 @@ def assert_served_on_the_cluster(cluster: Cluster, run_dir: Path) -> None:
     files = [file for folder in (run_dir.parent, cluster.temp_dir) for file in folder.rglob("*") if file.is_file()]
     assert files
     assert not [file for file in files if gated["HF_TOKEN"].encode() in file.read_bytes()], "it is written nowhere"
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer " + "another" * 8}])
+def test_the_dashboard_and_its_jobs_refuse_whoever_has_no_token(cluster: Cluster, headers: dict[str, str]) -> None:
+    for route in ("/api/jobs/", "/api/v0/nodes", "/api/v0/actors", "/nodes?view=summary", "/api/cluster_status"):
+        assert httpx.get(f"{cluster.url}{route}", headers=headers).status_code in (401, 403), route
+    submitted = httpx.post(f"{cluster.url}/api/jobs/", headers=headers, json={"entrypoint": "true"})
+    assert submitted.status_code in (401, 403)
 
 
 def test_a_job_that_gives_a_relative_path_fails_with_the_reason(cluster: Cluster, working_dir: Path, model: Path) -> None:
