@@ -22,6 +22,8 @@ from bt_ray.storage import Storage, open_storage
 Computed = Callable[[], Counter[str]]
 ON_A_DISK = pytest.mark.parametrize("settings", ["filesystem"], indirect=True)
 """What the kind of run directory makes no difference to."""
+IN_A_STORE = pytest.mark.parametrize("settings", [pytest.param("s3", marks=pytest.mark.long)], indirect=True)
+"""What other tests do on a disk."""
 ALL = [" -> ".join(keys) for length in (1, 2, 3) for keys in itertools.product("pw", repeat=length)]
 
 
@@ -62,25 +64,6 @@ def sweep(settings: dict[str, Any], **changed: Any) -> bt_ray.SweepResult:
 
 def scores(result: bt_ray.SweepResult) -> dict[tuple[str, str], float | None]:
     return {(c.strategy, c.prefix): c.score for trial in result.trials for c in trial.candidates}
-
-
-@ON_A_DISK
-@pytest.mark.usefixtures("local_ray")
-def test_all_strategies_up_to_length_3_are_14_steps_and_a_baseline(counted: dict[str, Any], computed: Computed) -> None:
-    result = sweep(counted, strategies=ALL, server={**counted["server"], "count": 3})
-    assert [trial.error for trial in result.trials] == [None] * 14
-    assert len(scores(result)) == 34 + 14
-    assert computed() == Counter(["baseline", *ALL])
-
-    alone = sweep(counted, strategies=["p -> w -> p"], run_dir=f"{counted['run_dir']}-alone")
-    assert scores(alone).items() <= scores(result).items()
-    assert demos(result, ALL.index("p -> w -> p")) == demos(alone, 0)
-
-
-def demos(result: bt_ray.SweepResult, trial: int) -> list[Any]:
-    """The demos of each program of a trial."""
-    run_dir = open_storage(result.run_dir)
-    return [run_dir.read_json(candidate.program)["demos"] for candidate in result.trials[trial].candidates]
 
 
 @ON_A_DISK
@@ -254,6 +237,7 @@ def manifests(run_dir: Storage) -> set[str]:
     return {f"{folder}/{name}" for folder in folders for name in run_dir.names(folder) if name.startswith("manifest-")}
 
 
+@IN_A_STORE
 def test_a_sweep_goes_on_where_its_driver_was_killed(tmp_path: Path, settings: dict[str, Any], run_dir: Storage) -> None:
     killed = RunningSweep(tmp_path, settings)
     killed.await_phase("training")
@@ -277,9 +261,8 @@ def test_one_driver_at_a_time_holds_a_run_directory(tmp_path: Path, settings: di
     running.assert_nothing_is_left()
 
 
-@pytest.mark.long
+@IN_A_STORE
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize("settings", ["s3"], indirect=True)
 def test_an_object_store_that_fails_now_and_then_costs_no_result(
     counted: dict[str, Any], computed: Computed, s3: ObjectStore
 ) -> None:
