@@ -142,10 +142,10 @@ def _await_placement(pool: Any, initial: Mapping[str, int], config: SweepConfig,
     count = sum(initial.values())
     began = told = looked = time.monotonic()
     while True:
-        placed, _, not_created = ray.get(pool.placed.remote())
+        placed, placing, not_created = ray.get(pool.placed.remote())
         if not_created:
             raise ResourcesError(f"A model server's actor cannot be started: {not_created[-1]}")
-        if placed >= count:
+        if not placing:  # one that is not wanted yet may have been placed and released meanwhile
             return
         now = time.monotonic()
         if config.autoscaling and now - began > AUTOSCALER_S and now - looked > LOOK_S:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from huggingface_hub import get_token
 
 from bt_ray.config import ServerConfig, TrainConfig
 from bt_ray.serving.server import Endpoint
@@ -52,8 +53,8 @@ class ModelServer:
         keeps_records: bool = True,
         port: int = 0,
     ) -> None:
-        if hub_token is not None:
-            os.environ.setdefault("HF_TOKEN", hub_token)  # a node's own goes first; the processes of the slot inherit it
+        if hub_token is not None and get_token() is None:  # a node's own goes first
+            os.environ["HF_TOKEN"] = hub_token  # the processes of the slot inherit it
         host = ray.util.get_node_ip_address() if across_nodes else "127.0.0.1"
         storage = open_storage(run_dir)
         self._slot = Slot(name, config, token=token, host=host, storage=storage, keeps_records=keeps_records, port=port)
