@@ -39,8 +39,8 @@ def check_run_directory(run_dir: str, keys: Mapping[str, StepKey], *, accept_cha
 
 def _refuse_changes(storage: Storage, theirs: Mapping[str, Any], keys: Mapping[str, StepKey]) -> None:
     """Raises `ConfigError` if something changed since that finished steps depend on."""
-    store = StepStore(storage)
-    both = [prefix for prefix in keys if prefix in theirs and store.read(theirs[prefix]["key"])]
+    finished = StepStore(storage).read_all(theirs[prefix]["key"] for prefix in keys if prefix in theirs)
+    both = [prefix for prefix in keys if prefix in theirs and theirs[prefix]["key"] in finished]
     affected = [prefix for prefix in both if theirs[prefix]["key"] != keys[prefix].key]
     if not affected:
         return
@@ -71,8 +71,8 @@ def read_steps(storage: Storage) -> tuple[dict[str, StepKey], dict[str, Finished
     if not known:
         raise ConfigError(f"{storage.location} is no run directory of a sweep: it has no {SWEEP}.")
     keys = {label: StepKey(**step) for label, step in sorted(known.items(), key=lambda item: length(item[1]["prefix"]))}
-    found = {label: StepStore(storage).read(key.key) for label, key in keys.items()}
-    return keys, {label: step for label, step in found.items() if step is not None}
+    found = StepStore(storage).read_all(key.key for key in keys.values())
+    return keys, {label: found[key.key] for label, key in keys.items() if key.key in found}
 
 
 def _steps(values: Any) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Storage(ABC):
 
     @abstractmethod
     def files(self, folder: str) -> list[str]:
-        """The files in `folder` and all folders in it, relative to it, sorted, hidden ones left out."""
+        """The files in `folder` and all folders in it, relative to it, sorted; those whose own name is hidden left out."""
 
     @abstractmethod
     def size(self, name: str) -> int:

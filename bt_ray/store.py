@@ -118,28 +118,32 @@ class StepStore:
             raise StorageError(f"{program} in {self.storage.location} is gone.")
         return state
 
+    def read_all(self, keys: Iterable[str]) -> dict[str, FinishedStep]:
+        """The finished steps of these keys, by key: found by one listing, and read several at a time."""
+        listed: dict[str, list[str]] = {}
+        for file in self.storage.files(STEPS):
+            key, _, name = file.partition("/")
+            listed.setdefault(key, []).append(name)
+        there = [key for key in dict.fromkeys(keys) if key in listed]
+        with ThreadPoolExecutor(READERS) as readers:
+            found = zip(there, readers.map(lambda key: self._newest(key, listed[key]), there), strict=True)
+            return {key: step for key, step in found if step is not None}
+
     def finished(self, keys: Mapping[str, str], bases: Collection[str]) -> dict[str, FinishedStep]:
         """The steps of `keys`, keys by prefix, that are finished and whose weights are there, by prefix.
 
         `bases` are the ids of weights that are no fine-tunes.
         """
-        listed: dict[str, list[str]] = {}
-        for file in self.storage.files(STEPS):
-            key, _, name = file.partition("/")
-            listed.setdefault(key, []).append(name)
-
-        def usable(key: str) -> FinishedStep | None:
-            step = self._newest(key, listed[key])
-            return step if step is not None and self._has_weights(step, bases) else None
-
-        there = {prefix: key for prefix, key in keys.items() if key in listed}
+        steps = self.read_all(keys.values())
+        tuned = sorted({weights_id for step in steps.values() for weights_id in step.weights.values()}.difference(bases))
         with ThreadPoolExecutor(READERS) as readers:
-            found = zip(there, readers.map(usable, there.values()), strict=True)
-            return {prefix: step for prefix, step in found if step is not None}
+            manifests = zip(tuned, readers.map(self._weights_manifest, tuned), strict=True)
+            gone = {weights_id for weights_id, manifest in manifests if manifest is None}
+        found = ((prefix, steps.get(key)) for prefix, key in keys.items())
+        return {prefix: step for prefix, step in found if step is not None and gone.isdisjoint(step.weights.values())}
 
-    def _has_weights(self, step: FinishedStep, bases: Collection[str]) -> bool:
-        ids = set(step.weights.values()).difference(bases)
-        return all(self.storage.read_json(f"{WEIGHTS}/{weights_id}/{MANIFEST}") is not None for weights_id in ids)
+    def _weights_manifest(self, weights_id: str) -> Any:
+        return self.storage.read_json(f"{WEIGHTS}/{weights_id}/{MANIFEST}")
 
     def read_weights(self, weights_id: str) -> Weights:
         """The weights that a finished fine-tune left.
@@ -147,7 +151,7 @@ class StepStore:
         Raises:
             StorageError: They are gone.
         """
-        manifest = self.storage.read_json(f"{WEIGHTS}/{weights_id}/{MANIFEST}")
+        manifest = self._weights_manifest(weights_id)
         if manifest is None:
             raise StorageError(f"The weights {WEIGHTS}/{weights_id} in {self.storage.location} are gone.")
         return fine_tuned(manifest)
