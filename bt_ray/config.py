@@ -100,7 +100,7 @@ class ServerConfig(BaseModel):
         names = [model_name(model) for model in self.models]
         for model, name in zip(self.models, names, strict=True):
             if names.count(name) > 1:
-                raise ValueError(f"models: two folders are called {name}: their weights could not be told apart")
+                raise ValueError(f"models: two are called {name}: their weights could not be told apart")
             if shared := sorted(self.models[model].keys() & OF_ALL_MODELS):
                 raise ValueError(f'models."{model}": {shared[0]} is the same for all models')
             try:
@@ -114,8 +114,17 @@ class ServerConfig(BaseModel):
         """The settings for the servers of a model, by its `bt_ray.weights.model_name`."""
         for model, own in self.models.items():
             if model_name(model) == name:
-                return ServerConfig.model_validate({**self.model_dump(exclude={"models"}), **own})
+                return ServerConfig.model_validate(self._with(own))
         return self
+
+    def _with(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """The values with those of a model's own: variables are added to, and what has no GPUs has none of a type."""
+        values = {**self.model_dump(exclude={"models"}), **own}
+        if isinstance(own.get("env"), Mapping):
+            values["env"] = {**self.env, **own["env"]}
+        if own.get("gpus") == 0:
+            values["accelerator_type"] = own.get("accelerator_type")
+        return values
 
     @property
     def engine_options(self) -> dict[str, Any]:
@@ -206,8 +215,8 @@ class TrialConfig(Section):
 
     cpus: float = Field(0.1, gt=0)
     max_concurrent: int | None = Field(None, ge=1)
-    """Trials at a time. Default: two for each model server, of which one may wait for a step that another computes; all
-    where no model is served."""
+    """Trials at a time. Default: two for each server of the program's models, of which one may wait for a step that another
+    computes; all where no model is served."""
     step_retries: int = Field(1, ge=0)
     """How often a step that lost its infrastructure is repeated within its trial."""
     max_failures: int = Field(1, ge=0)
@@ -372,10 +381,14 @@ class SweepConfig(Section):
         """The settings for the servers of the sweep's own model."""
         return self.server.of(model_name(self.model or ""))
 
-    def concurrent_trials(self, trials: int, *, served: bool) -> int:
-        """Trials at a time, of so many. More than servers, because one that waits for a step of another's holds none."""
-        default = 2 * self.student_server.count if served else trials
-        return min(self.trial.max_concurrent or default, trials)
+    def concurrent_trials(self, trials: int, servers: int) -> int:
+        """Trials at a time, of so many. More than servers, because one that waits for a step of another's holds none.
+
+        Args:
+            trials: All trials.
+            servers: Those that they share; 0 where no model is served.
+        """
+        return min(self.trial.max_concurrent or 2 * servers or trials, trials)
 
 
 def make_config(values: Mapping[str, Any], source: str = "config") -> SweepConfig:

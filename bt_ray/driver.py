@@ -161,8 +161,8 @@ class _Sweep:
     ) -> dict[Trial, Exception]:
         """Compute what is missing; the errors of trials that were lost."""
         if self.search is None:
-            return run_trials(self.waiting(finished), setups, self.tell)
-        lost = run_search(self.search, setups[""], self.tell)
+            return run_trials(self.waiting(finished), setups, self.checked.servers, self.tell)
+        lost = run_search(self.search, setups[""], self.checked.servers, self.tell)
         self.trials = [Trial(number, strategy) for number, strategy in enumerate(self.search.strategies)]
         return {trial: lost[trial.strategy] for trial in self.trials if trial.strategy in lost}
 
@@ -287,7 +287,7 @@ class _Sweep:
 
         what = "the best program" if len(candidates) == 1 else f"the best of each strategy, {len(candidates)} programs,"
         self.tell(Stage(f"Scoring {what} on the testset"))
-        at_once = self.config.concurrent_trials(len(candidates), served=bool(self.checked.bases))
+        at_once = self.config.concurrent_trials(len(candidates), self.checked.servers)
         for file, scores in tested({file: (setups[c.variant], c) for file, c in candidates.items()}, at_once):
             self.store.storage.write_json(file, scores)
 

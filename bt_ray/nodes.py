@@ -5,7 +5,7 @@ from typing import Any
 import ray
 
 from bt_ray.config import ServerConfig
-from bt_ray.preflight import too_large
+from bt_ray.preflight import OF_TYPE, too_large
 
 NEWS_S = 15.0
 """Seconds between two lines about what waits for room."""
@@ -45,6 +45,7 @@ def can_never_come(server: ServerConfig) -> bool:
         return False
     client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
     state = GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=10)).autoscaling_state
-    wanted = {"CPU": server.cpus, "GPU": server.gpus}
+    wanted, kind = {"CPU": server.cpus, "GPU": server.gpus}, f"{OF_TYPE}{server.accelerator_type}"
     bundles = [request.resources_bundle for request in state.infeasible_resource_requests]
-    return any(all(bundle.get(name, 0) == amount for name, amount in wanted.items()) for bundle in bundles)
+    ours = [bundle for bundle in bundles if server.accelerator_type is None or kind in bundle]
+    return any(all(bundle.get(name, 0) == amount for name, amount in wanted.items()) for bundle in ours)

@@ -305,6 +305,10 @@ class Placement:
         actions, self._actions = self._actions, []
         return actions
 
+    def waiting_for(self, slots: str) -> list[Ask]:
+        """The asks that only a server in these slots can serve."""
+        return [ask for ask in self.waiting if self._slots(ask.weights) == slots]
+
     def _slots(self, weights: Weights) -> str:
         return weights.model if weights.model in self.policies else ""
 

@@ -87,6 +87,12 @@ class CheckedSweep:
         return {slots: most[slots] for checked in self.variants.values() for slots in checked.models_at_once}
 
     @property
+    def servers(self) -> int:
+        """The servers, at most, that programs ask, or, where these ask APIs alone, optimizers; 0 if no model is served."""
+        asked = [slots for slots, count in self.models_at_once.items() if count] or list(self.models_at_once)
+        return sum(self.first.config.server.of(slots).count for slots in asked)
+
+    @property
     def keys(self) -> dict[str, StepKey]:
         """The key of each step, by its label, each once: that of the first variant that has it."""
         found: dict[str, tuple[str, StepKey]] = {}
@@ -225,7 +231,7 @@ def check_resources(config: SweepConfig, nodes: Sequence[Mapping[str, float]], s
     Raises:
         ResourcesError: A fixed cluster can never give it; the message names what is missing.
     """
-    missing = _missing(config, nodes, [config.server.of(name) for name in slots])
+    missing = _missing(config, nodes, {name: config.server.of(name) for name in slots})
     if missing is None:
         return []
     if config.autoscaling:
@@ -252,26 +258,26 @@ def _has_its_type(server: ServerConfig, node: Mapping[str, float]) -> bool:
     return server.accelerator_type is None or node.get(OF_TYPE + server.accelerator_type, 0) > 0
 
 
-def _missing(config: SweepConfig, nodes: Sequence[Mapping[str, float]], servers: Sequence[ServerConfig]) -> str | None:
-    for server in servers:
+def _missing(config: SweepConfig, nodes: Sequence[Mapping[str, float]], servers: Mapping[str, ServerConfig]) -> str | None:
+    for server in servers.values():
         if (missing := too_large(server, nodes)) is not None:
             return missing
-    by_gpus = sorted(nodes, key=lambda node: -node.get("GPU", 0))
-    free = [{"CPU": node.get("CPU", 0), "GPU": node.get("GPU", 0)} for node in by_gpus]
-    for server in sorted(servers, key=lambda server: (server.accelerator_type is None, -server.gpus)):
-        usable = [left for left, node in zip(free, by_gpus, strict=True) if _has_its_type(server, node)]
-        placed = 0
-        for node in usable:
-            placed += _take(server, node, server.count - placed)
+    free = [{**node, "CPU": node.get("CPU", 0), "GPU": node.get("GPU", 0)} for node in nodes]
+    for slots, server in sorted(servers.items(), key=lambda item: (-item[1].gpus, item[1].accelerator_type is None)):
+        placed = _place(server, free)
         if placed < server.count:
+            table = next(
+                (f'server.models."{model}"' for model in config.server.models if model_name(model) == slots), "server"
+            )
+            fewer = f"Set {table}.count to {placed}, or make" if placed else "Make"
             return (
                 f"The sweep asks for {amount(server.count, 'server')} of {server.needs} each; the cluster has room for "
-                f"{placed}. Set server.count to {max(1, placed)}, or make the servers smaller."
+                f"{placed}. {fewer} the servers smaller."
             )
     trial = config.trial
     if max(node["CPU"] for node in free) < trial.cpus - 1e-9:
         total = sum(node.get("CPU", 0) for node in nodes)
-        asked = " and ".join(f"{amount(server.count, 'server')} of {server.needs} each" for server in servers)
+        asked = " and ".join(f"{amount(server.count, 'server')} of {server.needs} each" for server in servers.values())
         return (
             f"{asked} leave no {trial.cpus} CPU for a trial: the cluster has {amount(total, 'CPU')}. Set server.cpus a "
             "little lower (server.threads stays what it is), or trial.cpus."
@@ -279,14 +285,16 @@ def _missing(config: SweepConfig, nodes: Sequence[Mapping[str, float]], servers:
     return None
 
 
-def _take(server: ServerConfig, free: dict[str, float], most: int) -> int:
-    """Take as many servers, so many at most, from what is free on a node; returns how many there was room for."""
-    taken = 0
-    while taken < most and free["CPU"] >= server.cpus - 1e-9 and free["GPU"] >= server.gpus - 1e-9:
-        free["CPU"] -= server.cpus
-        free["GPU"] -= server.gpus
-        taken += 1
-    return taken
+def _place(server: ServerConfig, free: Sequence[dict[str, float]]) -> int:
+    """Take room for a kind of servers from what is free, of each node that has it the smallest; returns for how many."""
+    for placed in range(server.count):
+        fits = [n for n in free if n["CPU"] >= server.cpus - 1e-9 and n["GPU"] >= server.gpus - 1e-9]
+        node = min((n for n in fits if _has_its_type(server, n)), key=lambda n: (n["GPU"], n["CPU"]), default=None)
+        if node is None:
+            return placed
+        node["CPU"] -= server.cpus
+        node["GPU"] -= server.gpus
+    return server.count
 
 
 def inside_job() -> bool:

@@ -88,8 +88,9 @@ def _absolute_model(model: str, base: Path) -> str:
 
 
 def _refuse_relative_paths(values: Mapping[str, Any], base: Path) -> None:
-    for key in ("model", "run_dir"):
-        value = values.get(key)
+    server = values.get("server")
+    own = server.get("models", {}) if isinstance(server, Mapping) else {}
+    for key, value in [("model", values.get("model")), ("run_dir", values.get("run_dir")), *(("model", of) for of in own)]:
         if not isinstance(value, str) or "://" in value or Path(value).expanduser().is_absolute():
             continue
         if key == "run_dir" or looks_like_path(value, base):
@@ -112,12 +113,21 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    *sections, name = key.strip().split(".")
+    try:
+        *sections, name = _path(tomllib.loads(f"{key} = true"))
+    except tomllib.TOMLDecodeError:
+        raise ConfigError(f"--set {assignment}: {key.strip()!r} is no key.") from None
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ConfigError(f"--set {assignment}: {section!r} is a value, not a section.")
     values[name] = value
+
+
+def _path(nested: Mapping[str, Any]) -> list[str]:
+    """The keys that lead to the one value of nested tables."""
+    ((key, below),) = nested.items()
+    return [key, *(_path(below) if isinstance(below, dict) else [])]
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,13 +47,14 @@ class Trial:
 
 
 def run_trials(
-    trials: Sequence[Trial], setups: Mapping[str, "TrialSetup"], tell: Callable[[Event], None]
+    trials: Sequence[Trial], setups: Mapping[str, "TrialSetup"], servers: int, tell: Callable[[Event], None]
 ) -> dict[Trial, Exception]:
     """Run a Ray Tune trial for each of these; the errors of those that were lost.
 
     Args:
         trials: The trials, in the order in which to start them.
         setups: What trials need to know, by variant.
+        servers: The servers that they share; 0 where no model is served.
         tell: Told what happens.
     """
     from ray import tune
@@ -62,24 +63,25 @@ def run_trials(
     space = {"trial": tune.grid_search([trial.params() for trial in trials])}
     by_folder = {trial.folder: trial for trial in trials}
     try:
-        lost = _tuned(space, {}, len(trials), setups, tell)
+        lost = _tuned(space, {}, len(trials), setups, servers, tell)
     except _TuneFailed as failed:  # the trials kept what they found
         return dict.fromkeys(trials, failed.error)
     return {by_folder[folder]: error for folder, error in lost.items()}
 
 
-def run_search(walk: SearchWalk, setup: "TrialSetup", tell: Callable[[Event], None]) -> dict[str, Exception]:
+def run_search(walk: SearchWalk, setup: "TrialSetup", servers: int, tell: Callable[[Event], None]) -> dict[str, Exception]:
     """Run a Ray Tune trial for each strategy that the search wants walked; the errors of those that were lost, by strategy.
 
     Args:
         walk: The search.
         setup: What trials need to know.
+        servers: The servers that they share; 0 where no model is served.
         tell: Told what happens.
     """
     tell(Stage("Searching for the best strategy"))
     how = {"search_alg": _searcher(walk), "num_samples": -1}
     try:
-        lost = _tuned({}, how, MOST_TRIALS, {"": setup}, tell)
+        lost = _tuned({}, how, MOST_TRIALS, {"": setup}, servers, tell)
     except _TuneFailed as failed:
         return dict.fromkeys(walk.strategies, failed.error)
     return {walk.strategies[int(folder.partition("-")[0])]: error for folder, error in lost.items()}
@@ -135,6 +137,7 @@ def _tuned(
     how: Mapping[str, Any],
     trials: int,
     setups: Mapping[str, "TrialSetup"],
+    servers: int,
     tell: Callable[[Event], None],
 ) -> dict[str, Exception]:
     """Have Ray Tune run trials of this space; the errors of those that were lost, by folder.
@@ -144,6 +147,7 @@ def _tuned(
         how: Further settings of `TuneConfig`.
         trials: Trials at most.
         setups: What trials need to know, by variant.
+        servers: The servers that they share; 0 where no model is served.
         tell: Told what happens.
     """
     import ray
@@ -155,7 +159,7 @@ def _tuned(
     first = next(iter(setups.values()))
     config = first.config
     trainable = tune.with_resources(tune.with_parameters(run_trial, setups=dict(setups)), {"CPU": config.trial.cpus})
-    concurrent = config.concurrent_trials(trials, served=first.pool is not None)
+    concurrent = config.concurrent_trials(trials, servers)
     for name in RAY_TUNE_LOGS:  # tracebacks of lost trials, which stand in the result, and files that nobody asked for
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with Scratch("tune") as own_files:  # nobody reads its files: the steps are on the store

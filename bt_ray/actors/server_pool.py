@@ -81,7 +81,8 @@ class ServerPool:
         self._by_request: dict[str, int] = {}
         self._requests: dict[int, str] = {}
         self._deaths: Counter[int] = Counter()
-        self._not_created: list[str] = []
+        self._not_created: dict[str, list[str]] = {}
+        """Why servers could not be created lately, by whose slots they would be in."""
         self._watched: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count(time.time_ns())  # a pool that was started again must not use a number twice
@@ -142,7 +143,11 @@ class ServerPool:
         """How many servers can be used, how many wait for room on the cluster, and why some could not be created."""
         self._start()
         placing = sum(server.state is State.PLACING for server in self._placement.servers.values())
-        return len(self._placement.servers) - placing, placing, list(self._not_created)
+        return (
+            len(self._placement.servers) - placing,
+            placing,
+            [reason for reasons in self._not_created.values() for reason in reasons],
+        )
 
     async def status(self) -> list[ServerView]:
         """What each server does now."""
@@ -243,15 +248,17 @@ class ServerPool:
         return self._settings.config.of(self._placement.servers[number].slots)
 
     async def _place(self, number: int, actor: "ActorHandle[Any]") -> None:
+        slots = self._placement.servers[number].slots
         try:
             self._nodes[number] = await actor.node.remote()
         except RayError as error:
-            self._not_created.append(_reason(error))
-            if len(self._not_created) % DEATHS == 0:
-                self._fail(list(self._placement.waiting), f"A model server's actor cannot be started: {_reason(error)}")
+            reasons = self._not_created.setdefault(slots, [])
+            reasons.append(_reason(error))
+            if len(reasons) % DEATHS == 0:
+                self._fail(self._placement.waiting_for(slots), f"A model server's actor cannot be started: {_reason(error)}")
             self._died(number, _reason(error))
             return
-        self._not_created.clear()
+        self._not_created.pop(slots, None)
         self._note_server(number, "idle")
         self._placement.placed(number, time.monotonic())
         self._decide()

@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 from support.processes import wait_for
 from support.scripted_model import write_model
@@ -27,13 +29,16 @@ def opened(settings: dict[str, Any]) -> Iterator[Callable[..., Pool]]:
 
     pools: list[Pool] = []
 
-    def open_pool(initial: int = 1, own: Weights | None = None, **policy: Any) -> Pool:
-        """A pool, where `own` may have a slot of its own."""
+    def open_pool(
+        initial: int = 1, own: Weights | None = None, environment: dict[str, str] | None = None, **policy: Any
+    ) -> Pool:
+        """A pool, where `own` may have a slot of its own, on nodes with these variables in their environment."""
         server = {**settings["server"], "models": {own.path: {"count": 1, "cpus": 0.5}} if own else {}}
         config = make_config({**settings, "server": server}).server
         given = ServerSettings(config, "token", False, settings["run_dir"], hub_token="hf_of_the_driver")
         policies = {"": Policy(**policy)} | ({own.model: Policy(limit=1, minimum=0)} if own else {})
-        pools.append(ServerPool.remote(given, policies, {"": initial}))  # type: ignore[attr-defined]
+        made = ServerPool.options(runtime_env={"env_vars": environment or {}})  # type: ignore[attr-defined]
+        pools.append(made.remote(given, policies, {"": initial}))
         return pools[-1]
 
     yield open_pool
@@ -117,6 +122,20 @@ def test_a_model_with_a_slot_of_its_own_is_served_in_no_other(
     leases = [ray.get(ask(pool, weights)) for weights in (teacher, student, teacher)]
     assert [lease.server for lease in leases] == [1, 0, 1]
     assert [answer(lease, 8) for lease in leases] == ["16", "wrong", "16"]
+
+
+@pytest.mark.parametrize("own", [{}, {"HF_TOKEN": "hf_own"}, {"HUGGING_FACE_HUB_TOKEN": "hf_own"}])
+def test_a_node_without_a_token_for_gated_models_gets_the_drivers(
+    opened: Callable[..., Pool], student: Weights, own: dict[str, str]
+) -> None:
+    import ray
+
+    lease = ray.get(ask(opened(limit=1, environment=own), student))
+    port = urlsplit(lease.endpoint.url).port
+    server = next(it for it in psutil.net_connections() if it.laddr and it.laddr.port == port and it.status == "LISTEN")
+    environment = psutil.Process(server.pid).environ()
+    tokens = {name: environment[name] for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if name in environment}
+    assert tokens == (own or {"HF_TOKEN": "hf_of_the_driver"})
 
 
 def test_a_call_that_is_made_again_leaves_no_lease_that_nobody_knows(opened: Callable[..., Pool], student: Weights) -> None:

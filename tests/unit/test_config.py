@@ -42,7 +42,7 @@ def write(tmp_path: Path, text: str) -> Path:
         ),
         ({"server": {"models": {"org/large": {"count": 0}}}}, 'models."org/large": count: Input should be greater'),
         ({"server": {"models": {"org/large": {"fine_tunes": "merged"}}}}, "fine_tunes is the same for all models"),
-        ({"server": {"models": {"/a/large": {}, "/b/large": {}}}}, "two folders are called large"),
+        ({"server": {"models": {"/a/large": {}, "/b/large": {}}}}, "two are called large"),
         ({"num_threads": 0}, "num_threads: Input should be greater than or equal to 1"),
     ],
 )
@@ -60,11 +60,13 @@ def test_a_missing_key_is_named() -> None:
 def test_a_model_with_slots_of_its_own_has_what_differs_there() -> None:
     own = {"count": 1, "gpus": 4, "accelerator_type": "H100", "max_model_len": 8192, "env": {"SECRET": "x"}}
     server = {"count": 8, "gpus": 1, "max_model_len": 4096, "dtype": "bfloat16", "models": {"org/large": own}}
+    server |= {"env": {"HF_HOME": "/hf"}, "accelerator_type": "L4"}
     config = make_config({**MINIMAL, "server": server})
     large = config.server.of("org--large")
     assert (large.count, large.gpus, large.accelerator_type) == (1, 4, "H100")
     assert large.engine_options == {"max_model_len": 8192, "dtype": "bfloat16"}
     assert config.server.of("m") == config.server
+    assert large.env == {"HF_HOME": "/hf", "SECRET": "x"}
     assert "SECRET" not in str(config.without_secrets())
 
 
@@ -85,6 +87,8 @@ def test_assignments_reach_any_setting(tmp_path: Path) -> None:
     assert config.server.count == 2, "the rest of the section stays"
     assert config.train.learning_rate == 1e-3
     assert config.model == "org/other"
+    own = load_config(path, {}, ['server.models."org/Large-3.3".count=3', "server.models.'org/Large-3.3'.gpus=1"])
+    assert own.server.models == {"org/Large-3.3": {"count": 3, "gpus": 1}}
     with pytest.raises(ConfigError, match="write it as key=value"):
         load_config(path, {}, ["seed"])
 
@@ -120,15 +124,13 @@ def test_train_kwargs_of_an_optimizer_override_the_section() -> None:
 
 
 def test_there_are_two_trials_for_each_server_because_one_may_wait_for_a_step_of_the_others() -> None:
-    def made(trials: int, servers: int, *, served: bool = True, **trial: int) -> int:
-        return make_config({**MINIMAL, "server": {"count": servers}, "trial": trial}).concurrent_trials(
-            trials, served=served
-        )
+    def made(trials: int, servers: int, **trial: int) -> int:
+        return make_config({**MINIMAL, "trial": trial}).concurrent_trials(trials, servers)
 
     assert made(14, 2) == 4
     assert made(3, 8) == 3
     assert made(3, 2, max_concurrent=1) == 1
-    assert made(14, 1, served=False) == 14
+    assert made(14, 0) == 14
 
 
 @pytest.mark.parametrize("path", sorted([*ROOT.glob("scripts/**/*.toml"), *ROOT.glob("cluster/**/*.toml")]), ids=str)

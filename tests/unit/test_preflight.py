@@ -53,8 +53,22 @@ def test_models_with_slots_of_their_own_need_room_too() -> None:
     own = {"org/large": {"count": 1, "gpus": 8, "accelerator_type": "A100"}}
     small = {"count": 1, "gpus": 1, "accelerator_type": "L4", "models": own}
     assert check_resources(config(**small), A100_AND_L4, ["", "org--large"]) == []
-    with pytest.raises(ResourcesError, match="asks for 1 server of 1 A100 GPU and 1 CPU each; the cluster has room for 0"):
-        check_resources(config(**{**small, "accelerator_type": "A100", "models": own}), A100_AND_L4[:1], ["", "org--large"])
+    with pytest.raises(
+        ResourcesError, match=r"asks for 1 server of 1 A100 GPU and 1 CPU each; the cluster has room for 0\. Make"
+    ):
+        check_resources(config(**{**small, "accelerator_type": "A100"}), A100_AND_L4[:1], ["", "org--large"])
+
+
+def test_small_servers_are_not_counted_on_the_node_that_a_large_one_needs() -> None:
+    nodes = [
+        {"CPU": 64.0, "GPU": 8.0, "accelerator_type:H100": 1.0},
+        {"CPU": 64.0, "GPU": 4.0, "accelerator_type:H100": 1.0},
+    ]
+    own = {"org/small": {"count": 4, "gpus": 1, "accelerator_type": "H100"}}
+    assert check_resources(config(count=1, gpus=8, models=own), nodes, ["org--small", ""]) == []
+    own["org/small"]["count"] = 5
+    with pytest.raises(ResourcesError, match=r'room for 4\. Set server\.models\."org/small"\.count to 4, or make'):
+        check_resources(config(count=1, gpus=8, models=own), nodes, ["org--small", ""])
 
 
 def test_the_demos_slots_fit_on_two_cores() -> None:
