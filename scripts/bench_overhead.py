@@ -9,6 +9,7 @@ strategies wait for that step meanwhile, as they do in a sweep whose strategies 
 """
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -78,9 +79,10 @@ def measured(strategies: int, steps: int, folder: Path) -> str:
             fence = own.claim(key, lambda: None)
         assert isinstance(fence, int)
         waiting = [claims.claim.remote(key, []) for _ in range(strategies - 1)]
+        own.may_commit(key, fence)  # answered after those: from now on they all wait
         with timed("lease"):
             lease = ray.get(pool.ask.remote("bench#1", [], f"bench#1/{number}", weights))
-            pool.end.remote([lease.number])
+            ray.get(pool.end.remote([lease.number]))
         attempt = attempt_name(fence)
         with timed("write"):
             program = store.write_program(key, attempt, b'{"demos": []}')
@@ -92,7 +94,7 @@ def measured(strategies: int, steps: int, folder: Path) -> str:
             assert store.read(key) is not None
         took["in all"].append(sum(of[-1] for part, of in took.items() if part != "in all"))
         assert all(ray.get(waiting)), "all others are told that it is committed"
-    memory = [resident_mb(name) for name in ("ray::StepClaims", "ray::ServerPool")]
+    memory = [resident_mb(actor) for actor in (claims, pool)]
     ray.get(pool.close.remote())
     for actor in (pool, claims):
         ray.kill(actor)
@@ -105,10 +107,10 @@ def finished(key: str, program: str, weights_id: str) -> FinishedStep:
     return FinishedStep(key, "", "p", 50.0, scores, time.time(), 1.0, {"self": weights_id}, program, 100, {"dspy": "3.4"})
 
 
-def resident_mb(name: str) -> float:
-    """Memory of this Ray's process of that name."""
-    found: list[Any] = [p for p in psutil.process_iter(["cmdline"]) if name in " ".join(p.info["cmdline"] or [])]
-    return max((float(process.memory_info().rss) for process in found), default=0.0) / 1e6
+def resident_mb(actor: Any) -> float:
+    """Memory of an actor's process."""
+    process = psutil.Process(ray.get(actor.__ray_call__.remote(lambda self: os.getpid())))
+    return float(process.memory_info().rss) / 1e6
 
 
 if __name__ == "__main__":

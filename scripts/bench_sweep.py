@@ -29,13 +29,11 @@ ROOT = Path(__file__).parents[1]
 SUPPORT = ROOT / "tests" / "support"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
 
-from simulate import lower_bound, trains  # noqa: E402 - the path comes first
+from simulation.schedules import best_makespan, trains  # noqa: E402 - the path comes first
 
-from bt_ray.strategy import BASELINE, all_prefixes, every, parent, prefixes  # noqa: E402
+from bt_ray.strategy import BASELINE, all_prefixes, every, prefixes  # noqa: E402
 
 SIX = ["p", "w", "p -> w", "w -> p", "p -> w -> p", "w -> p -> w"]
-EXHAUSTIVE = 15
-"""Steps up to which all schedules are tried."""
 EXAMPLES = 20
 
 
@@ -156,7 +154,7 @@ def swept(values: dict[str, Any]) -> dict[str, Any]:
     result = bt_ray.sweep(values["task"], values)
     wall_s = time.monotonic() - began
     candidates = [candidate for trial in result.trials for candidate in trial.candidates]
-    started, ended = min(c.started for c in candidates), 0.0
+    started = min(candidate.started for candidate in candidates)
     manifests = [json.loads(file.read_text()) for file in Path(values["run_dir"]).glob("steps/*/manifest-*.json")]
     ended = max(manifest["started"] + manifest["seconds"] for manifest in manifests)
     events = [json.loads(line) for line in Path(values["run_dir"], "events.jsonl").read_text().splitlines()]
@@ -227,10 +225,9 @@ def looped(values: dict[str, Any]) -> dict[str, Any]:
         program = reference_run(task, lm, config.seed, strategy=strategy, **chosen)
         found = {of["strategy"]: of["score"] for of in program.candidate_programs}
         scores[strategy] = [found[prefix] for prefix in [BASELINE, *prefixes(strategy)]]
-        models.close()
-        for server in models._servers.values():
-            server.forget()
+        models.kill(models.base.id)  # the slot's server, whatever it serves
         print(strategy, scores[strategy], f"{time.monotonic() - began:.0f} s", flush=True)
+    models.close()
     steps = sum(len(of) for of in scores.values())
     return {"wall_s": time.monotonic() - began, "starts": starts, "steps": steps, "scores": scores}
 
@@ -244,82 +241,6 @@ def stopping_first(models: Any) -> Any:
         return finetune(weights_id, *arguments)
 
     return stopped
-
-
-def best_makespan(seconds: Mapping[str, float], slots: int) -> float:
-    """The makespan of the best schedule of steps that take these seconds, each on one slot, after their parents.
-
-    Up to `EXHAUSTIVE` steps all schedules are tried that let no slot wait for a later step while it could take one; above,
-    it is what no schedule can beat.
-    """
-    bound = lower_bound({step: (took, took) for step, took in seconds.items()}, slots)
-    return bound if len(seconds) > EXHAUSTIVE else _Schedules(seconds, slots, bound).best()
-
-
-class _Schedules:
-    """All schedules of some steps, as far as they can still be the best."""
-
-    def __init__(self, seconds: Mapping[str, float], slots: int, bound: float) -> None:
-        self._seconds, self._slots, self._bound = seconds, slots, bound
-        self._children: dict[str, list[str]] = {step: [] for step in seconds}
-        for step in seconds:
-            if step:
-                self._children[parent(step)].append(step)
-        self._kinds = {step: self._kind(step) for step in seconds}
-        self._tails = {step: self._tail(step) for step in seconds}
-        self._seen: dict[Any, float] = {}
-        self._best = sum(seconds.values())
-
-    def best(self) -> float:
-        self._extend(0.0, (), (BASELINE,), self._best)
-        return self._best
-
-    def _kind(self, step: str) -> Any:
-        """Equal for steps that are the same for a schedule: they, and all below them, take equal times."""
-        return (self._seconds[step], tuple(sorted(self._kind(child) for child in self._children[step])))
-
-    def _tail(self, step: str) -> float:
-        """The longest path from the step's start."""
-        return self._seconds[step] + max((self._tail(child) for child in self._children[step]), default=0.0)
-
-    def _extend(self, now: float, running: tuple[tuple[float, str], ...], ready: tuple[str, ...], left: float) -> None:
-        """Try all ways on from here.
-
-        Args:
-            now: Seconds since the beginning.
-            running: When each step ends that is under way, and the step.
-            ready: The steps that can begin.
-            left: Seconds of all steps that have not begun.
-        """
-        if not running and not ready:
-            self._best = min(self._best, now)
-        elif self._hopeful(now, running, ready, left):
-            if ready and len(running) < self._slots:
-                different = {self._kinds[step]: step for step in ready}
-                for step in sorted(different.values(), key=lambda step: -self._tails[step]):
-                    rest = list(ready)
-                    rest.remove(step)
-                    took = self._seconds[step]
-                    self._extend(now, (*running, (now + took, step)), tuple(rest), left - took)
-                return
-            end, step = min(running)
-            others = list(running)
-            others.remove((end, step))
-            self._extend(end, tuple(others), (*ready, *self._children[step]), left)
-
-    def _hopeful(self, now: float, running: tuple[tuple[float, str], ...], ready: tuple[str, ...], left: float) -> bool:
-        """Whether this can become better than the best so far, and was not reached as early before."""
-        after = [end + self._tails[step] - self._seconds[step] for end, step in running]
-        path = max([*after, *(now + self._tails[step] for step in ready)])
-        work = now + (left + sum(end - now for end, _ in running)) / self._slots
-        if max(path, work) >= self._best - 1e-9 or self._best <= self._bound + 1e-9:
-            return False
-        under_way = sorted((round(end - now, 6), self._kinds[step][1]) for end, step in running)
-        state = (tuple(under_way), tuple(sorted(self._kinds[step] for step in ready)))
-        if self._seen.get(state, float("inf")) <= now + 1e-9:
-            return False
-        self._seen[state] = now
-        return True
 
 
 if __name__ == "__main__":
