@@ -90,13 +90,14 @@ def _absolute_model(model: str, base: Path) -> str:
 def _refuse_relative_paths(values: Mapping[str, Any], base: Path) -> None:
     server = values.get("server")
     own = server.get("models", {}) if isinstance(server, Mapping) else {}
-    for key, value in [("model", values.get("model")), ("run_dir", values.get("run_dir")), *(("model", of) for of in own)]:
+    given = [("model", values.get("model"), "--set model=..."), ("run_dir", values.get("run_dir"), "--run-dir ...")]
+    for key, value, better in [*given, *(("server.models", of, '[server.models."/..."]') for of in own)]:
         if not isinstance(value, str) or "://" in value or Path(value).expanduser().is_absolute():
             continue
         if key == "run_dir" or looks_like_path(value, base):
             raise ConfigError(
                 f"{key}: {value} is relative. A job's working directory is a copy that goes away with the job: give an "
-                f"absolute path that all nodes share ({'--run-dir' if key == 'run_dir' else '--set model='}...)."
+                f"absolute path that all nodes share ({better})."
             )
 
 

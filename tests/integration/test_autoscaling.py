@@ -163,7 +163,7 @@ def test_each_model_is_served_on_the_gpus_that_it_wants(sweep_toml: Path, s3: Ob
     other = tmp_path / "other"
     write_model(other, skill=7, tensors=("skill", "layer", "another"))
     values = tomllib.loads(sweep_toml.read_text()) | {"task": "program_tasks.py:two_models", "strategies": ["w"]}
-    values["server"]["models"] = {"./other": {"count": 1, "accelerator_type": "H100"}}
+    values["server"]["models"] = {str(other): {"count": 1, "accelerator_type": "H100"}}
     sweep_toml.write_text(toml(values))
     run_dir = f"s3://bucket/{tmp_path.name}/run"
     with running(s3) as cluster:

@@ -114,6 +114,9 @@ def test_a_relative_path_is_refused_inside_a_job_unless_it_is_replaced(tmp_path:
     with pytest.raises(ConfigError, match="run_dir: runs/x is relative"):
         load_config(path, {"run_dir": "runs/x"}, ["model=/m"], refuse_relative=True)
     assert load_config(path, {"run_dir": "/r"}, ["model=/m"], refuse_relative=True).model == "/m"
+    path.write_text('task = "task.py:build"\nmodel = "/m"\nstrategies = ["p"]\n[server.models."./other"]\ncount = 1')
+    with pytest.raises(ConfigError, match=r"server\.models: \./other is relative"):
+        load_config(path, {"run_dir": "/r"}, refuse_relative=True)
 
 
 def test_train_kwargs_of_an_optimizer_override_the_section() -> None:
