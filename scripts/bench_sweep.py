@@ -4,7 +4,8 @@
     python scripts/bench_sweep.py set-times --slots 1 2 4 8 --repeats 5
 
 `real`: the demo's task and settings on real vLLM, six strategies. First as one would do it without bt_ray: one strategy
-after the other, a server that is stopped before each fine-tune and started after it, and the same trainer, with all cores.
+after the other, a server that is stopped before each fine-tune and started after it, and the same trainer, with all cores;
+only DSPy's cache knows anything of the strategies before.
 Then the sweep. Each side is a process of its own with an empty DSPy cache.
 
 `set-times`: all strategies of `p` and `w` up to a length, with scripted servers that answer one request at a time, and
@@ -195,13 +196,14 @@ def busy_seconds(events: Sequence[Mapping[str, Any]]) -> float:
 def looped(values: dict[str, Any]) -> dict[str, Any]:
     """`dspy.BetterTogether` for one strategy after the other, with one server that is started anew for each weights."""
     began = time.monotonic()
-    from support.reference import reference_run
+    from support.reference import Reference, reference_run
     from support.slot_models import SlotModels
 
     from bt_ray.config import make_config
     from bt_ray.lm import assign_lm
     from bt_ray.slot import Slot
     from bt_ray.task import load_task
+    from bt_ray.teachers import stand_in_for
 
     starts = 0
     served = Slot.serve
@@ -214,20 +216,27 @@ def looped(values: dict[str, Any]) -> dict[str, Any]:
         return endpoint
 
     Slot.serve = counted  # type: ignore[method-assign]
+
+    class Loop(Reference):
+        """Its gold-label teacher makes prompts as the student is asked with, as in a sweep."""
+
+        def _run_and_evaluate_step(self, optimizer: Any, student: Any, *arguments: Any) -> Any:
+            stand_in_for(student, arguments[3].get("teacher"))
+            return super()._run_and_evaluate_step(optimizer, student, *arguments)
+
     config = make_config(values)
-    models = SlotModels(config, Path(values["run_dir"]))
-    models.finetune = stopping_first(models)  # type: ignore[method-assign]
     scores: dict[str, list[float]] = {}
-    for strategy in values["strategies"]:
+    for number, strategy in enumerate(values["strategies"]):
+        models = SlotModels(config, Path(values["run_dir"], str(number)))  # no fine-tune is known from before
+        models.finetune = stopping_first(models)  # type: ignore[method-assign]
         task, lm = load_task(config.task, {}), models.lm()
         assign_lm(task.program, lm)
         chosen = {"num_threads": config.num_threads, "max_errors": config.max_errors}
-        program = reference_run(task, lm, config.seed, strategy=strategy, **chosen)
+        program = reference_run(task, lm, config.seed, Loop, strategy=strategy, **chosen)
         found = {of["strategy"]: of["score"] for of in program.candidate_programs}
         scores[strategy] = [found[prefix] for prefix in [BASELINE, *prefixes(strategy)]]
-        models.kill(models.base.id)  # the slot's server, whatever it serves
+        models.close()
         print(strategy, scores[strategy], f"{time.monotonic() - began:.0f} s", flush=True)
-    models.close()
     steps = sum(len(of) for of in scores.values())
     return {"wall_s": time.monotonic() - began, "starts": starts, "steps": steps, "scores": scores}
 

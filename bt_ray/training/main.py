@@ -58,14 +58,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, revision=revision, dtype=dtype)
     if job.parent.on is not None:
         model = _with_adapter(model, job)
-    trainer = (Trainer if job.gpus else CpuTrainer)(
-        model=model,
-        args=_arguments(job),
-        train_dataset=Dataset.from_list(conversations),
-        processing_class=tokenizer,
-        peft_config=_lora(job) if job.config.method == "lora" and job.parent.on is None else None,
-        callbacks=[_Progress(job.progress_file), _Checkpoints(job.config.checkpoint_every_s)],
-    )
+    trainer = make_trainer(job, model, tokenizer, conversations)
     sequences, completions = canary_sequences(conversations, tokenizer)
     parents = token_logprobs(trainer.model, sequences)
     trainer.train(resume_from_checkpoint=job.checkpoint)
@@ -75,6 +68,24 @@ def main() -> None:
         canary = make_canary(sequences, completions, token_logprobs(model, sequences), parents)
         counts = {"conversations": len(conversations), "cut_off": cut_off(conversations, tokenizer, job.config.max_length)}
         _write_manifest(job, {**counts, "canary": canary.to_json()})
+
+
+def make_trainer(
+    job: TrainJob,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[dict[str, Any]],
+    kind: "type[Trainer] | None" = None,
+) -> "Trainer":
+    """The trainer of `job` on what `trainable_conversations` gave; `kind` is for measurements."""
+    return (kind or (Trainer if job.gpus else CpuTrainer))(
+        model=model,
+        args=_arguments(job),
+        train_dataset=Dataset.from_list(conversations),
+        processing_class=tokenizer,
+        peft_config=_lora(job) if job.config.method == "lora" and job.parent.on is None else None,
+        callbacks=[_Progress(job.progress_file), _Checkpoints(job.config.checkpoint_every_s)],
+    )
 
 
 def trainable_conversations(job: TrainJob, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:

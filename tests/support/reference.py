@@ -35,9 +35,11 @@ class Reference(dspy.BetterTogether):  # type: ignore[misc]
             return super()._run_and_evaluate_step(self.built(prefix, lm)[prefix.split(" -> ")[-1]], student, *args)
 
 
-def reference_run(task: Task, lm: ServedLM, seed: int, **arguments: Any) -> dspy.Module:
+def reference_run(
+    task: Task, lm: ServedLM, seed: int, reference: type[Reference] = Reference, **arguments: Any
+) -> dspy.Module:
     """The program that one strategy of `task` gives by itself, with DSPy's `candidate_programs`."""
-    return Reference(task, lm, seed).compile(
+    return reference(task, lm, seed).compile(
         task.program,
         trainset=list(task.trainset),
         valset=list(task.valset) if task.valset else None,
