@@ -29,4 +29,4 @@ lint:
 	@.venv/bin/mypy
 
 clean:
-	rm -rf .venv models runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-gpu gpu_check models runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,10 +1,14 @@
 """Measure what a verified swap of weights saves: against a relaunch of the same server, idle and under load.
 
     python scripts/bench_swap.py --model models/SmolLM2-135M-Instruct
+    python scripts/bench_swap.py --model Qwen/Qwen2.5-1.5B-Instruct --gpus 1 --way adapter      # or reload, sleep
 
 One run on real vLLM in one slot. Each time is from the call to the first correct token: of a swap, file check, reload and
 canary are in it; of a relaunch, everything from the start of the process, with the fastest settings and a warm page cache.
 Answers after a swap must equal, token by token at temperature 0, those of a server that was just started on these weights.
+
+The ways: `reload` loads a merged checkpoint into the running server; `adapter` another LoRA adapter; `sleep` has the server
+give its memory to a training (on GPUs) and wakes it up for the result. The last two compare first tokens.
 """
 
 import argparse
@@ -12,9 +16,10 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -98,31 +103,34 @@ def under_load(slot: Slot, now: Weights, then: Weights, expected: dict[str, list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--way", choices=list(WAYS), default="reload")
+    parser.add_argument("--gpus", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=8)
     options = parser.parse_args()
-    settings = {"threads": options.threads, "max_model_len": 1024, "max_num_seqs": IN_FLIGHT}
+    measure, settings = WAYS[options.way]
+    settings |= {"gpus": options.gpus, "threads": options.threads, "max_model_len": 1024, "max_num_seqs": IN_FLIGHT}
     with tempfile.TemporaryDirectory() as run_dir:
         config = ServerConfig.model_validate(settings)
         slot = Slot("bench", config, token="bench", host="127.0.0.1", storage=open_storage(run_dir))
         try:
-            measure(slot, base_weights(str(options.model.resolve()), {}), options.repeats, options.prompts)
+            measure(
+                slot,
+                base_weights(str(options.model.resolve() if options.model.exists() else options.model), {}),
+                options.repeats,
+                options.prompts,
+            )
         finally:
             slot.close()
 
 
-def measure(slot: Slot, base: Weights, repeats: int, prompts: int) -> None:
+def measure_reload(slot: Slot, base: Weights, repeats: int, prompts: int) -> None:
     expected = {base.id: answers(slot.serve(base), prompts)}
-    data = [{"messages": [*conversation(n), {"role": "assistant", "content": LABELS[n % len(LABELS)]}]} for n in range(24)]
-    trained = slot.train(base, data, TrainConfig(epochs=4, learning_rate=1e-3, batch_size=8), seed=0)
-    slot.stop()
-    expected[trained.id] = answers(slot.serve(trained), prompts)  # this start fills the page cache
+    trained = fine_tuned(slot, base)
+    expected[trained.id] = fresh_answers(slot, trained, prompts)  # this start fills the page cache
     assert expected[trained.id] != expected[base.id], "the fine-tune changed nothing"
-    relaunches = []
-    for _ in range(repeats):
-        slot.stop()
-        relaunches.append(timed(slot, trained, expected[trained.id][0], "start"))
+    relaunches = relaunched(slot, trained, expected[trained.id], repeats)
     swaps: dict[str, list[float]] = {base.id: [], trained.id: []}
     for _ in range(repeats):
         for weights in (base, trained):
@@ -133,11 +141,83 @@ def measure(slot: Slot, base: Weights, repeats: int, prompts: int) -> None:
     show("relaunch", relaunches)
     show("swap to the fine-tune", swaps[trained.id])
     show("swap to the base", swaps[base.id])
-    print(f"{'ratio, relaunch / swap':<24}{statistics.median(relaunches) / statistics.median(swaps[trained.id]):7.1f}")
+    show_ratio(relaunches, swaps[trained.id])
     for took_s, answered, refused in loaded:
         told = f"{answered} answered, none by other weights; {refused} refused"
         print(f"{f'swap, {IN_FLIGHT} in flight':<24}{took_s:7.2f} s   ({told})")
     print(f"Answers after each swap equal those of a fresh start, token by token, on {prompts} prompts.")
+
+
+def measure_adapter(slot: Slot, base: Weights, repeats: int, prompts: int) -> None:
+    """Two adapters on a server that holds one beside the base: each swap drops one and loads the other."""
+    slot.serve(base)
+    trained = [fine_tuned(slot, base, seed) for seed in (0, 1)]
+    expected = {weights.id: fresh_answers(slot, weights, prompts) for weights in trained}
+    relaunches = relaunched(slot, trained[-1], expected[trained[-1].id], repeats)
+    swaps = []
+    for _ in range(repeats):
+        for weights in trained:
+            swaps.append(timed(slot, weights, expected[weights.id][0], "swap"))
+            found = answers(slot.serve(weights), prompts)
+            assert [each[0] for each in found] == [each[0] for each in expected[weights.id]], (
+                "not the answers of a fresh start"
+            )
+    show("relaunch", relaunches)
+    show("another adapter", swaps)
+    show_ratio(relaunches, swaps)
+
+
+def measure_sleep(slot: Slot, base: Weights, repeats: int, prompts: int) -> None:
+    """From the end of a training, during which the server slept, to the first token of its result."""
+    slot.serve(base)
+    relaunches, swaps = [], []
+    for seed in range(repeats):
+        trained = fine_tuned(slot, base, seed)
+        began = time.monotonic()
+        found = ask(slot.serve(trained), 0, max_tokens=1)
+        swaps.append(time.monotonic() - began)
+        assert slot.change.how == "swap", slot.change
+        found += [token for answer in answers(slot.serve(trained), prompts) for token in answer[:1]]
+        slot.stop()
+        began = time.monotonic()
+        expected = ask(slot.serve(trained), 0, max_tokens=1)
+        relaunches.append(time.monotonic() - began)
+        expected += [token for answer in answers(slot.serve(trained), prompts) for token in answer[:1]]
+        assert found == expected, "not the answers of a fresh start"
+    show("relaunch", relaunches)
+    show("wake and swap", swaps)
+    show_ratio(relaunches, swaps)
+
+
+WAYS: dict[str, tuple[Callable[[Slot, Weights, int, int], None], dict[str, Any]]] = {
+    "reload": (measure_reload, {}),
+    "adapter": (measure_adapter, {"fine_tunes": "adapters", "max_loras": 1}),
+    "sleep": (measure_sleep, {"while_training": "sleep"}),
+}
+
+
+def fine_tuned(slot: Slot, base: Weights, seed: int = 0) -> Weights:
+    data = [{"messages": [*conversation(n), {"role": "assistant", "content": LABELS[n % len(LABELS)]}]} for n in range(24)]
+    return slot.train(base, data, TrainConfig(epochs=4, learning_rate=1e-3, batch_size=8), seed=seed)
+
+
+def fresh_answers(slot: Slot, weights: Weights, prompts: int) -> list[list[str]]:
+    """Those of a server that was just started on these weights."""
+    slot.stop()
+    return answers(slot.serve(weights), prompts)
+
+
+def relaunched(slot: Slot, weights: Weights, expected: list[list[str]], repeats: int) -> list[float]:
+    """Seconds of some relaunches."""
+    times = []
+    for _ in range(repeats):
+        slot.stop()
+        times.append(timed(slot, weights, expected[0], "start"))
+    return times
+
+
+def show_ratio(relaunches: Sequence[float], swaps: Sequence[float]) -> None:
+    print(f"{'ratio, relaunch / swap':<24}{statistics.median(relaunches) / statistics.median(swaps):7.1f}")
 
 
 def show(name: str, times: Sequence[float]) -> None:

@@ -45,6 +45,7 @@ def main() -> None:
     real.add_argument("--model", type=Path, required=True)
     real.add_argument("--strategies", nargs="+", default=SIX)
     real.add_argument("--side", choices=["loop", "sweep"], help="only this one")
+    real.add_argument("--gpus", type=int, default=0, help="one for each server of the sweep; the loop has one")
     set_times = kinds.add_parser("set-times")
     set_times.add_argument("--slots", type=int, nargs="+", default=[1, 2, 4, 8])
     set_times.add_argument("--repeats", type=int, default=5)
@@ -59,18 +60,21 @@ def main() -> None:
         found = (looped if options.side == "loop" else swept)(json.loads(options.settings.read_text()))
         options.settings.with_suffix(".found.json").write_text(json.dumps(found))
     elif options.kind == "real":
-        compare_real(options.model.resolve(), options.strategies, [options.side] if options.side else ["loop", "sweep"])
+        sides = [options.side] if options.side else ["loop", "sweep"]
+        compare_real(options.model.resolve(), options.strategies, sides, options.gpus)
     else:
         compare_set_times(options)
 
 
-def compare_real(model: Path, strategies: Sequence[str], sides: Sequence[str]) -> None:
+def compare_real(model: Path, strategies: Sequence[str], sides: Sequence[str], gpus: int) -> None:
     iris = ROOT / "scripts" / "iris"
     values = tomllib.loads((iris / "sweep.toml").read_text())
     values |= {"task": f"{iris / 'task.py'}:build", "model": str(model), "strategies": list(strategies)}
     found = {}
     for side in sides:
         server = {"count": 1, "threads": os.cpu_count()} if side == "loop" else {}
+        if gpus:
+            server = {"count": 1 if side == "loop" else gpus, "gpus": 1}
         found[side] = run(side, {**values, "server": {**values["server"], **server}})
         wall, scores = found[side]["wall_s"], found[side]["scores"]
         print(f"\n{side}: {wall:.0f} s, {found[side]['starts']} starts of vLLM, {found[side]['steps']} steps", flush=True)

@@ -276,3 +276,16 @@ def test_an_object_store_that_fails_now_and_then_costs_no_result(
     assert set(computed()) == {"baseline", *ALL}
     alone = sweep(counted, strategies=["p -> w -> p"], run_dir=f"{counted['run_dir']}-alone")
     assert scores(alone).items() <= scores(result).items()
+
+
+@IN_A_STORE
+@pytest.mark.usefixtures("local_ray")
+def test_many_trials_ask_an_object_store_for_little(settings: dict[str, Any], s3: ObjectStore) -> None:
+    sweep(settings, strategies=ALL)
+    with_time = (".lock", "status.json", "events.jsonl")
+    asked = [
+        line for line in s3.requests(settings["run_dir"].rpartition("/")[2]) if not any(name in line for name in with_time)
+    ]
+    assert len(asked) <= 60 * len(ALL), (
+        "for a trial with all its steps, its share of the fine-tunes, and the sweep's own files"
+    )

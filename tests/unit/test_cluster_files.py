@@ -297,7 +297,10 @@ def tool(name: str) -> str:
 def shell_scripts() -> dict[str, str]:
     """Everything that a shell reads in the files below `cluster/`, and the repository's own scripts."""
     task = shipped("skypilot.yaml").value
-    scripts = {name: (ROOT / name).read_text() for name in ("cluster/slurm.sh", "scripts/setup.sh", ".ci/run")}
+    scripts = {
+        name: (ROOT / name).read_text()
+        for name in ("cluster/slurm.sh", "scripts/setup.sh", "scripts/gpu_check.sh", ".ci/run")
+    }
     scripts |= {f"skypilot.yaml {part}": task[part] for part in ("setup", "run")}
     for name in MANIFESTS:
         for container in shipped(name).pods[1]["containers"]:
