@@ -14,17 +14,22 @@ one's end, stands beside the best possible one: found by trying all schedules up
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).parents[1]
 SUPPORT = ROOT / "tests" / "support"
@@ -34,6 +39,8 @@ from simulation.schedules import best_makespan, trains  # noqa: E402 - the path 
 
 from bt_ray.strategy import BASELINE, all_prefixes, every, prefixes  # noqa: E402
 
+ACTORS = {"ImplicitFunc": "a trial", "ServerPool": "pool", "StepClaims": "claims", "ModelServer": "a server's actor"}
+"""What Ray calls a sweep's processes, and what they are."""
 SIX = ["p", "w", "p -> w", "w -> p", "p -> w -> p", "w -> p -> w"]
 EXAMPLES = 20
 
@@ -86,6 +93,12 @@ def compare_real(model: Path, strategies: Sequence[str], sides: Sequence[str], g
         print(f"\nwall time, sweep / loop  {found['sweep']['wall_s'] / found['loop']['wall_s']:.3f}")
         print(f"best score               sweep {best['sweep']:.1f} %, loop {best['loop']:.1f} %")
         print(f"idle share of the slots  {found['sweep']['idle']:.0%}")
+    if "sweep" in found:
+        print(f"resident memory          {shown(found['sweep']['memory'])}")
+
+
+def shown(memory: Mapping[str, float]) -> str:
+    return ", ".join(f"{kind} {size:.0f} MB" for kind, size in memory.items())
 
 
 def compare_set_times(options: argparse.Namespace) -> None:
@@ -106,6 +119,7 @@ def compare_set_times(options: argparse.Namespace) -> None:
             between = f"{spans[0]:.0f} - {spans[-1]:.0f}"
             line = f"{slots:5}  {train_s:6g} s  {span:7.1f} s  {between:<11}{best:6.1f} s  {span / best:.3f}  {idle:5.0%}"
             print(f"{line}  {starts:6g}  {sequential / span:12.2f}", flush=True)
+    print(f"resident memory: {shown(found[-1]['memory'])}")
 
 
 def scripted(strategies: Sequence[str], slots: int, evaluate_s: float, train_s: float) -> dict[str, Any]:
@@ -156,7 +170,8 @@ def swept(values: dict[str, Any]) -> dict[str, Any]:
 
     os.environ |= DRIVER_ENVIRONMENT
     ray.init(address="local", num_cpus=max(os.cpu_count() or 1, 8), include_dashboard=False, log_to_driver=False)
-    result = bt_ray.sweep(values["task"], values)
+    with peak_memory() as peaks:
+        result = bt_ray.sweep(values["task"], values)
     wall_s = time.monotonic() - began
     candidates = [candidate for trial in result.trials for candidate in trial.candidates]
     started = min(candidate.started for candidate in candidates)
@@ -170,8 +185,36 @@ def swept(values: dict[str, Any]) -> dict[str, Any]:
         "idle": 1 - busy / (values["server"]["count"] * (ended - started)),
         "starts": sum(event.get("state") == "serving, start" for event in events),
         "steps": len(manifests),
+        "memory": peaks,
         "scores": {trial.strategy: [candidate.score for candidate in trial.candidates] for trial in result.trials},
     }
+
+
+@contextmanager
+def peak_memory() -> Iterator[dict[str, float]]:
+    """The most resident memory of this process and of the sweep's actors, in MB, by kind; of trials, that of the largest."""
+    peaks: dict[str, float] = {}
+    ended = threading.Event()
+    this = psutil.Process()
+
+    def note(kind: str, process: psutil.Process) -> None:
+        peaks[kind] = max(peaks.get(kind, 0.0), process.memory_info().rss / 1e6)
+
+    def watch() -> None:
+        while not ended.wait(1):
+            note("driver", this)
+            for process in this.children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    title = process.name() if not process.cmdline() else process.cmdline()[0]
+                    for part, kind in ACTORS.items():
+                        if title.startswith(f"ray::{part}"):
+                            note(kind, process)
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    yield peaks
+    ended.set()
+    watching.join()
 
 
 def busy_seconds(events: Sequence[Mapping[str, Any]]) -> float:
