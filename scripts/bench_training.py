@@ -7,8 +7,9 @@ Two kinds of data, as DSPy's `BootstrapFinetune` makes them. `alike`: the same i
 (the demo's task), answered in a few words. `different`: a document of its own before each question, of 50 to 1,500 words,
 and an answer that reasons. A shape other than the model's own has random weights, which take as long as others.
 
-`plain` is TRL's trainer; `prefix` runs what the conversations of a batch begin with once; `grouped` puts conversations of
-about the same length together, so that less is padding. Tokens are those of the conversations, padding not counted.
+`plain` is TRL's trainer, with conversations in a random order; `prefix` runs once what the conversations of a batch begin
+with; `by length` puts conversations of about the same length together, where that saves much padding. bt_ray trains by
+length, on CPU with the prefix too. Tokens are those of the conversations, padding not counted.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import SFTTrainer
 
 from bt_ray.config import TrainConfig
 from bt_ray.training.job import TrainJob
@@ -41,7 +43,24 @@ SHAPES: Mapping[str, Mapping[str, int]] = {
         "num_key_value_heads": 8,
     },
 }
-WAYS = {"plain": (Trainer, False), "prefix": (CpuTrainer, False), "plain grouped": (Trainer, True)}
+
+
+class InRandomOrder:
+    """Of a trainer, that its batches are what the order gives."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return SFTTrainer._get_train_sampler(self, train_dataset)
+
+
+class Plain(InRandomOrder, Trainer):
+    pass
+
+
+class Prefix(InRandomOrder, CpuTrainer):
+    pass
+
+
+WAYS = {"plain": Plain, "plain by length": Trainer, "prefix": Prefix, "prefix by length": CpuTrainer}
 WARM_UP, SEED = 3, 0
 
 
@@ -153,7 +172,7 @@ def measured(
     path: Path, shape: str, data: Sequence[Mapping[str, Any]], config: TrainConfig, way: str, gpus: int, steps: int
 ) -> str:
     """A row of the table: what some steps of a training took."""
-    kind, grouped = WAYS[way]
+    kind = WAYS[way]
     with tempfile.TemporaryDirectory() as folder:
         parent = Weights("base", str(path.resolve()), "base")
         job = TrainJob(parent, "bench", folder, folder, False, None, len(data), config, SEED, gpus, torch.get_num_threads())
@@ -165,8 +184,6 @@ def measured(
             job, model_of(path, shape, config, gpus), tokenizer, trainable_conversations(job, tokenizer), kind
         )
         trainer.args.max_steps = steps
-        if grouped:
-            trainer.args.train_sampling_strategy = "group_by_length"
         watch, tokens, padded = Steps(), [], []
         collate = trainer.data_collator
 

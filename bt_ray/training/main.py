@@ -31,6 +31,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from bt_ray.serving.canary import make_canary
+from bt_ray.training.batches import BatchesByLength, worth_sorting
 from bt_ray.training.job import CHECKPOINT_MANIFEST, CHECKPOINTS, TrainJob
 from bt_ray.weights import MANIFEST, file_digests
 
@@ -211,8 +212,15 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     """`SFTTrainer` whose checkpoints are safetensors and JSON: nothing in a run directory is unpickled.
 
     The states of optimizer, schedule and random numbers, which transformers pickles, are written by `write_state`; its
-    arguments, which it pickles too, are left out.
+    arguments, which it pickles too, are left out. Conversations of about the same length make a batch.
     """
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        lengths = [len(tokens) for tokens in self.train_dataset["input_ids"]]
+        batch_size = self.args.per_device_train_batch_size
+        if not worth_sorting(lengths, batch_size):
+            return super()._get_train_sampler(train_dataset)
+        return BatchesByLength(lengths, batch_size, self.args.seed, lambda: int(self.state.epoch or 0))
 
     def _save(self, output_dir: str, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:

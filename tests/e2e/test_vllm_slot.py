@@ -225,12 +225,14 @@ def test_lora_is_merged_into_a_checkpoint(tiny_model: Path, slot: Slot, run_dir:
     assert slot.train(base, conversations, config, seed=0) == trained, "the same fine-tune is not repeated"
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(("method", "by_length"), [("lora", False), ("full", True)])
 def test_a_fine_tune_that_was_cut_off_goes_on_from_its_last_checkpoint(
-    tiny_model: Path, tmp_path: Path, method: Literal["lora", "full"]
+    tiny_model: Path, tmp_path: Path, method: Literal["lora", "full"], by_length: bool
 ) -> None:
     base = base_weights(str(tiny_model), {})
     said = [f"it is {word}" for word in ("so", "not so", "late", "early", "dark", "bright")]
+    if by_length:
+        said = [text + 10 * number * " and on" for number, text in enumerate(said)]
     conversations = [{"messages": [*QUESTION, {"role": "assistant", "content": text}]} for text in said]
     config = TrainConfig(method=method, epochs=20, batch_size=2, lora_dropout=0.1, checkpoint_every_s=0, learning_rate=1e-3)
 

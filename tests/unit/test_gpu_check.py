@@ -45,14 +45,14 @@ def test_the_table_has_the_figures_of_the_parts_that_ran(tmp_path: Path, monkeyp
     (tmp_path / "train.txt").write_text(
         "shape  data         batch  way              s / step  tokens / s  padding  peak GiB  first loss\n"
         "8b     alike            4  plain               0.274        8752       0%      30.8      11.673\n"
-        "8b     alike            4  plain grouped       0.277        7940       0%      30.8      11.663\n"
-        "8b     different        4  plain               0.728        5957      31%      63.9      11.470\n"
+        "8b     alike            4  plain by length     0.277        7940       0%      30.8      11.663\n"
+        "8b     different        4  plain by length     0.573        7234       4%      65.5      11.490\n"
     )
     table = rows(check(tmp_path, "--table").stdout)
     assert table.pop("on 2 NVIDIA H200") == "figure"
     assert table.pop("A verified swap by reload, against a relaunch") == "0.50 s and 25.00 s: 50.0 times"
     assert table.pop("A LoRA step of 4 conversations, 8b, prompts alike; different") == (
-        "0.274 s (8752 tokens/s, 30.8 GiB); 0.728 s (5957 tokens/s, 63.9 GiB)"
+        "0.277 s (7940 tokens/s, 30.8 GiB); 0.573 s (7234 tokens/s, 65.5 GiB)"
     )
     assert set(table.values()) == {"not measured yet"}
     assert len(table) == 6
