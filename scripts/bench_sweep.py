@@ -10,7 +10,8 @@ Then the sweep. Each side is a process of its own with an empty DSPy cache.
 
 `set-times`: all strategies of `p` and `w` up to a length, with scripted servers that answer one request at a time, and
 trainings that sleep, so that it is known how long each step takes. The makespan, from the first step's start to the last
-one's end, stands beside the best possible one: found by trying all schedules up to 15 steps, else what none can beat.
+one's end, stands beside the best possible one: found by trying all schedules up to 15 steps, else what none can beat. And
+beside what `scripts/simulate.py` says with the times that the first sweep took: that line tells nothing of it.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,9 @@ ROOT = Path(__file__).parents[1]
 SUPPORT = ROOT / "tests" / "support"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
 
-from simulation.schedules import best_makespan, trains  # noqa: E402 - the path comes first
+from simulate import measured  # noqa: E402 - the path comes first
+from simulation.schedules import best_makespan, trains  # noqa: E402
+from simulation.sweep import Simulation, Switches, Times  # noqa: E402
 
 from bt_ray.strategy import BASELINE, all_prefixes, every, prefixes  # noqa: E402
 
@@ -106,7 +110,8 @@ def compare_set_times(options: argparse.Namespace) -> None:
     steps = [BASELINE, *all_prefixes(strategies)]
     one_by_one = [step for strategy in strategies for step in [BASELINE, *prefixes(strategy)]]
     print(f"{len(strategies)} strategies, {len(steps)} steps; an evaluation takes {options.evaluate:g} s.")
-    print("slots  training   makespan  of           best    ratio   idle  starts  loop / sweep")
+    print("slots  training   makespan  of           best    ratio   idle  starts  loop / sweep  simulated")
+    times: Times | None = None
     for train_s in options.train:
         seconds = {step: options.evaluate + (train_s if trains(step) else 0.0) for step in steps}
         sequential = sum(seconds[step] for step in one_by_one)
@@ -118,8 +123,19 @@ def compare_set_times(options: argparse.Namespace) -> None:
             idle, starts = (statistics.median(of[what] for of in found) for what in ("idle", "starts"))
             between = f"{spans[0]:.0f} - {spans[-1]:.0f}"
             line = f"{slots:5}  {train_s:6g} s  {span:7.1f} s  {between:<11}{best:6.1f} s  {span / best:.3f}  {idle:5.0%}"
-            print(f"{line}  {starts:6g}  {sequential / span:12.2f}", flush=True)
+            told = "       -"
+            if times is not None:
+                expected = predicted(strategies, slots, replace(times, train=times.train + train_s - options.train[0]))
+                told = f"{expected:6.1f} s, {expected / span - 1:+.1%}"
+            else:
+                times = Times(**found[0]["times"])
+            print(f"{line}  {starts:6g}  {sequential / span:12.2f}  {told}", flush=True)
     print(f"resident memory: {shown(found[-1]['memory'])}")
+
+
+def predicted(strategies: Sequence[str], slots: int, times: Times) -> float:
+    """The simulated makespan, from the first step's start."""
+    return Simulation(strategies, slots, replace(times, spread=0.0), Switches(), seed=0).run().makespan - times.trial
 
 
 def scripted(strategies: Sequence[str], slots: int, evaluate_s: float, train_s: float) -> dict[str, Any]:
@@ -186,6 +202,7 @@ def swept(values: dict[str, Any]) -> dict[str, Any]:
         "starts": sum(event.get("state") == "serving, start" for event in events),
         "steps": len(manifests),
         "memory": peaks,
+        "times": asdict(measured(Path(values["run_dir"]))),
         "scores": {trial.strategy: [candidate.score for candidate in trial.candidates] for trial in result.trials},
     }
 
