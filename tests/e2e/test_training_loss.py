@@ -50,7 +50,7 @@ BATCHES = {
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_loss_and_gradients_are_those_of_the_plain_forward(model: Any, name: str) -> None:
-    from bt_ray.training.main import CpuTrainer
+    from bt_ray.training.trainer import CpuTrainer
 
     inputs = BATCHES[name]
     trainer: Any = SimpleNamespace(args=SimpleNamespace(gradient_checkpointing=False))
