@@ -31,6 +31,7 @@ from bt_ray.weights import Weights, base_weights
 
 LABELS = ("amber", "cobalt", "jade")
 IN_FLIGHT, ANSWER_TOKENS = 32, 24
+UNEQUAL = "not the answers of a fresh start"
 
 
 def conversation(number: int) -> list[dict[str, str]]:
@@ -57,13 +58,21 @@ def answers(endpoint: Endpoint, count: int) -> list[list[str]]:
     return [ask(endpoint, number) for number in range(count)]
 
 
+def first_token(slot: Slot, weights: Weights) -> tuple[str, float]:
+    """The first token of an answer, and the seconds from the call of `serve` until it was there."""
+    began = time.monotonic()
+    (token,) = ask(slot.serve(weights), 0, max_tokens=1)
+    return token, time.monotonic() - began
+
+
+def first_tokens(slot: Slot, weights: Weights, count: int) -> list[str]:
+    return [answer[0] for answer in answers(slot.serve(weights), count)]
+
+
 def timed(slot: Slot, weights: Weights, expected: list[str], how: str) -> float:
     """Seconds from the call of `serve` to the first token, which must be right."""
-    began = time.monotonic()
-    endpoint = slot.serve(weights)
-    first = ask(endpoint, 0, max_tokens=1)
-    took_s = time.monotonic() - began
-    assert first == expected[:1], f"the first token is {first}, not {expected[:1]}"
+    first, took_s = first_token(slot, weights)
+    assert first == expected[0], f"the first token is {first}, not {expected[0]}"
     assert slot.change.how == how, slot.change
     return took_s
 
@@ -110,17 +119,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     options = parser.parse_args()
     measure, settings = WAYS[options.way]
-    settings |= {"gpus": options.gpus, "threads": options.threads, "max_model_len": 1024, "max_num_seqs": IN_FLIGHT}
+    sizes = {"gpus": options.gpus, "threads": options.threads, "max_model_len": 1024, "max_num_seqs": IN_FLIGHT}
+    model = str(options.model.resolve() if options.model.exists() else options.model)
     with tempfile.TemporaryDirectory() as run_dir:
-        config = ServerConfig.model_validate(settings)
+        config = ServerConfig.model_validate({**settings, **sizes})
         slot = Slot("bench", config, token="bench", host="127.0.0.1", storage=open_storage(run_dir))
         try:
-            measure(
-                slot,
-                base_weights(str(options.model.resolve() if options.model.exists() else options.model), {}),
-                options.repeats,
-                options.prompts,
-            )
+            measure(slot, base_weights(model, {}), options.repeats, options.prompts)
         finally:
             slot.close()
 
@@ -135,7 +140,7 @@ def measure_reload(slot: Slot, base: Weights, repeats: int, prompts: int) -> Non
     for _ in range(repeats):
         for weights in (base, trained):
             swaps[weights.id].append(timed(slot, weights, expected[weights.id][0], "swap"))
-            assert answers(slot.serve(weights), prompts) == expected[weights.id], "not the answers of a fresh start"
+            assert answers(slot.serve(weights), prompts) == expected[weights.id], UNEQUAL
     loaded = [under_load(slot, trained, base, expected), under_load(slot, base, trained, expected)]
 
     show("relaunch", relaunches)
@@ -158,10 +163,7 @@ def measure_adapter(slot: Slot, base: Weights, repeats: int, prompts: int) -> No
     for _ in range(repeats):
         for weights in trained:
             swaps.append(timed(slot, weights, expected[weights.id][0], "swap"))
-            found = answers(slot.serve(weights), prompts)
-            assert [each[0] for each in found] == [each[0] for each in expected[weights.id]], (
-                "not the answers of a fresh start"
-            )
+            assert first_tokens(slot, weights, prompts) == [answer[0] for answer in expected[weights.id]], UNEQUAL
     show("relaunch", relaunches)
     show("another adapter", swaps)
     show_ratio(relaunches, swaps)
@@ -173,17 +175,14 @@ def measure_sleep(slot: Slot, base: Weights, repeats: int, prompts: int) -> None
     relaunches, swaps = [], []
     for seed in range(repeats):
         trained = fine_tuned(slot, base, seed)
-        began = time.monotonic()
-        found = ask(slot.serve(trained), 0, max_tokens=1)
-        swaps.append(time.monotonic() - began)
+        first, took_s = first_token(slot, trained)
         assert slot.change.how == "swap", slot.change
-        found += [token for answer in answers(slot.serve(trained), prompts) for token in answer[:1]]
+        swaps.append(took_s)
+        found = [first, *first_tokens(slot, trained, prompts)]
         slot.stop()
-        began = time.monotonic()
-        expected = ask(slot.serve(trained), 0, max_tokens=1)
-        relaunches.append(time.monotonic() - began)
-        expected += [token for answer in answers(slot.serve(trained), prompts) for token in answer[:1]]
-        assert found == expected, "not the answers of a fresh start"
+        first, took_s = first_token(slot, trained)
+        relaunches.append(took_s)
+        assert found == [first, *first_tokens(slot, trained, prompts)], UNEQUAL
     show("relaunch", relaunches)
     show("wake and swap", swaps)
     show_ratio(relaunches, swaps)

@@ -212,20 +212,20 @@ def peak_memory() -> Iterator[dict[str, float]]:
     """The most resident memory of this process and of the sweep's actors, in MB, by kind; of trials, that of the largest."""
     peaks: dict[str, float] = {}
     ended = threading.Event()
-    this = psutil.Process()
+    driver = psutil.Process()
 
-    def note(kind: str, process: psutil.Process) -> None:
-        peaks[kind] = max(peaks.get(kind, 0.0), process.memory_info().rss / 1e6)
+    def note(process: psutil.Process) -> None:
+        title = "".join(process.cmdline()[:1])
+        actor = next((kind for name, kind in ACTORS.items() if title.startswith(f"ray::{name}")), None)
+        kind = "driver" if process == driver else actor
+        if kind is not None:
+            peaks[kind] = max(peaks.get(kind, 0.0), process.memory_info().rss / 1e6)
 
     def watch() -> None:
         while not ended.wait(1):
-            note("driver", this)
-            for process in this.children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    title = process.name() if not process.cmdline() else process.cmdline()[0]
-                    for part, kind in ACTORS.items():
-                        if title.startswith(f"ray::{part}"):
-                            note(kind, process)
+            for process in [driver, *driver.children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):  # it has ended
+                    note(process)
 
     watching = threading.Thread(target=watch, daemon=True)
     watching.start()

@@ -1,7 +1,7 @@
 """Measure the trainer: seconds of an optimizer step, tokens per second, memory; the ways to save work beside each other.
 
     python scripts/bench_training.py --model models/SmolLM2-135M-Instruct                       # on CPU
-    python scripts/bench_training.py --model models/SmolLM2-135M-Instruct --gpus 1 --shape 135m 1.7b 8b
+    python scripts/bench_training.py --model models/SmolLM2-135M-Instruct --gpus 1 --shape own 1.7b 8b
 
 Two kinds of data, as DSPy's `BootstrapFinetune` makes them. `alike`: the same instructions and demos before a short question
 (the demo's task), answered in a few words. `different`: a document of its own before each question, of 50 to 1,500 words,
@@ -20,20 +20,22 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
 from bt_ray.config import TrainConfig
 from bt_ray.training.job import TrainJob
-from bt_ray.training.main import CpuTrainer, Trainer, make_trainer, trainable_conversations
+from bt_ray.training.main import trainable_conversations
+from bt_ray.training.trainer import CpuTrainer, Trainer, make_trainer
 from bt_ray.weights import Weights
 
 SHAPES: Mapping[str, Mapping[str, int]] = {
-    "135m": {},
+    "own": {},
     "1.7b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32},
     "8b": {
         "hidden_size": 4096,
@@ -70,7 +72,7 @@ def main() -> None:
         "--model", type=Path, required=True, help="its tokenizer, and its weights where the shape is its own"
     )
     parser.add_argument("--gpus", type=int, default=0, choices=[0, 1])
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["135m"])
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["own"], help="of the model")
     parser.add_argument(
         "--data", nargs="+", help="alike, different, or a file of conversations", default=["alike", "different"]
     )
@@ -82,16 +84,13 @@ def main() -> None:
     where = torch.cuda.get_device_name() if options.gpus else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}; PyTorch {torch.__version__}; {options.method}; medians of {options.steps - WARM_UP} steps")
     print("shape  data         batch  way              s / step  tokens / s  padding  peak GiB  first loss", flush=True)
-    for shape in options.shape:
-        for data in options.data:
-            for batch_size in options.batch_size:
-                for way in options.way:
-                    config = TrainConfig(method=options.method, batch_size=batch_size)
-                    try:
-                        found = measured(options.model, shape, conversations(data), config, way, options.gpus, options.steps)
-                    except torch.OutOfMemoryError:
-                        found = "out of memory"
-                    print(f"{shape:<6} {Path(data).stem:<12} {batch_size:5}  {way:<16} {found}", flush=True)
+    for shape, data, batch_size, way in product(options.shape, options.data, options.batch_size, options.way):
+        config = TrainConfig(method=options.method, batch_size=batch_size)
+        try:
+            found = measured(options.model, shape, conversations(data), config, way, options.gpus, options.steps)
+        except torch.OutOfMemoryError:
+            found = "out of memory"
+        print(f"{shape:<6} {Path(data).stem:<12} {batch_size:5}  {way:<16} {found}", flush=True)
 
 
 def conversations(data: str) -> list[dict[str, Any]]:
@@ -172,7 +171,6 @@ def measured(
     path: Path, shape: str, data: Sequence[Mapping[str, Any]], config: TrainConfig, way: str, gpus: int, steps: int
 ) -> str:
     """A row of the table: what some steps of a training took."""
-    kind = WAYS[way]
     with tempfile.TemporaryDirectory() as folder:
         parent = Weights("base", str(path.resolve()), "base")
         job = TrainJob(parent, "bench", folder, folder, False, None, len(data), config, SEED, gpus, torch.get_num_threads())
@@ -180,9 +178,8 @@ def measured(
         tokenizer = AutoTokenizer.from_pretrained(path)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         torch.manual_seed(SEED)
-        trainer = make_trainer(
-            job, model_of(path, shape, config, gpus), tokenizer, trainable_conversations(job, tokenizer), kind
-        )
+        model = model_of(path, shape, config, gpus)
+        trainer = make_trainer(WAYS[way], job, model, tokenizer, trainable_conversations(job, tokenizer))
         trainer.args.max_steps = steps
         watch, tokens, padded = Steps(), [], []
         collate = trainer.data_collator
@@ -195,6 +192,7 @@ def measured(
 
         trainer.data_collator = counted
         trainer.add_callback(watch)
+        trainer.remove_callback(PrinterCallback)
         if gpus:
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
@@ -203,22 +201,20 @@ def measured(
     speed = sum(tokens[WARM_UP:steps]) / sum(took)
     peak = f"{torch.cuda.max_memory_allocated() / 2**30:8.1f}" if gpus else f"{'-':>8}"
     padding = 1 - sum(tokens) / sum(padded)
-    del trainer
     return f"{step_s:8.3f}  {speed:10.0f}  {padding:7.0%}  {peak}  {watch.losses[0]:10.3f}"
 
 
 def model_of(path: Path, shape: str, config: TrainConfig, gpus: int) -> Any:
     """The model as `bt_ray.training.main` has it; with random weights where they are not there, or have another shape."""
     dtype = torch.bfloat16 if gpus and config.method == "lora" else torch.float32
-    if not SHAPES[shape] and list(path.glob("*.safetensors")):
+    sizes = dict(SHAPES[shape])
+    if not sizes and list(path.glob("*.safetensors")):
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    sizes = SHAPES[shape]
-    heads = {"num_key_value_heads": sizes["num_attention_heads"], "head_dim": None} if sizes else {}
-    settings = AutoConfig.from_pretrained(path, **{**heads, **sizes})
     if sizes:
-        settings.head_dim = sizes["hidden_size"] // sizes["num_attention_heads"]
+        heads = sizes["num_attention_heads"]
+        sizes = {"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads, **sizes}
     with torch.device("cuda" if gpus else "cpu"):
-        return AutoModelForCausalLM.from_config(settings, dtype=dtype)
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, **sizes), dtype=dtype)
 
 
 if __name__ == "__main__":

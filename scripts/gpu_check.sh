@@ -42,7 +42,7 @@ main() {
                 swap)  for way in reload adapter sleep; do
                            measure "swap-$way" scripts/bench_swap.py --model "$model" --gpus 1 --way "$way"
                        done ;;
-                train) measure train scripts/bench_training.py --model "$DEMO_MODEL" --gpus 1 --shape 135m 1.7b 8b
+                train) measure train scripts/bench_training.py --model "$DEMO_MODEL" --gpus 1 --shape own 1.7b 8b
                        measure train-full scripts/bench_training.py --model "$DEMO_MODEL" --gpus 1 --method full --way "plain by length" ;;
                 sweep) measure sweep scripts/bench_sweep.py real --model "$DEMO_MODEL" --gpus "$(wc -l < "$LOGS/gpus.txt")" ;;
                 *)     fail "there is no part $part: swap, train, sweep." ;;
@@ -82,11 +82,11 @@ table() {
     row "Another adapter, against a relaunch" swap-adapter '/^relaunch/{r=$2} /^another/{s=$3} /^ratio/{printf "%s s and %s s: %s times", s, r, $NF}'
     row "A server that slept during a training, awake and swapped" swap-sleep '/^relaunch/{r=$2} /^wake/{s=$4} /^ratio/{printf "%s s and %s s: %s times", s, r, $NF}'
     local shape
-    for shape in 135m 1.7b 8b; do
-        row "A LoRA step of 4 conversations, $shape, prompts alike; different" train \
+    for shape in own 1.7b 8b; do
+        row "A LoRA step of 4 conversations, ${shape/own/135m}, prompts alike; different" train \
             '$1 == "'$shape'" && /by length/ && $4 == "plain" {printf "%s%s s (%s tokens/s, %s GiB)", sep, $7, $8, $10; sep = "; "}'
     done
-    row "A full fine-tune's step, 135m, prompts alike; different" train-full '$1 == "135m" {printf "%s%s s (%s tokens/s, %s GiB)", sep, $7, $8, $10; sep = "; "}'
+    row "A full fine-tune's step, 135m, prompts alike; different" train-full '$1 == "own" {printf "%s%s s (%s tokens/s, %s GiB)", sep, $7, $8, $10; sep = "; "}'
     row "The demo's six strategies, wall time against the loop's" sweep '/^wall time/{printf "%s", $NF}'
 }
 

@@ -42,6 +42,21 @@ def test_the_table_has_the_figures_of_the_parts_that_ran(tmp_path: Path, monkeyp
         lambda: bench_swap.show("swap to the base", [0.1]),
         lambda: bench_swap.show_ratio([25.0], [0.5]),
     )
+    printed(
+        tmp_path / "swap-adapter.txt",
+        lambda: bench_swap.show("relaunch", [25.0]),
+        lambda: bench_swap.show("another adapter", [0.25]),
+        lambda: bench_swap.show_ratio([25.0], [0.25]),
+    )
+    printed(
+        tmp_path / "swap-sleep.txt",
+        lambda: bench_swap.show("relaunch", [25.0]),
+        lambda: bench_swap.show("wake and swap", [2.5]),
+        lambda: bench_swap.show_ratio([25.0], [2.5]),
+    )
+    (tmp_path / "sweep.txt").write_text(
+        "\nwall time, sweep / loop  0.470\nbest score               sweep 96.0 %, loop 96.0 %\n"
+    )
     (tmp_path / "train.txt").write_text(
         "shape  data         batch  way              s / step  tokens / s  padding  peak GiB  first loss\n"
         "8b     alike            4  plain               0.274        8752       0%      30.8      11.673\n"
@@ -54,8 +69,11 @@ def test_the_table_has_the_figures_of_the_parts_that_ran(tmp_path: Path, monkeyp
     assert table.pop("A LoRA step of 4 conversations, 8b, prompts alike; different") == (
         "0.277 s (7940 tokens/s, 30.8 GiB); 0.573 s (7234 tokens/s, 65.5 GiB)"
     )
+    assert table.pop("Another adapter, against a relaunch") == "0.25 s and 25.00 s: 100.0 times"
+    assert table.pop("A server that slept during a training, awake and swapped") == "2.50 s and 25.00 s: 10.0 times"
+    assert table.pop("The demo's six strategies, wall time against the loop's") == "0.470"
     assert set(table.values()) == {"not measured yet"}
-    assert len(table) == 6
+    assert len(table) == 3
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="it would begin")
