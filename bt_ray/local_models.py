@@ -109,8 +109,8 @@ class _Server:
         self._endpoint = None
 
     def stop(self) -> None:
-        self._endpoint = None
         self.slot.stop()
+        self._endpoint = None  # last: who looks anew now is served by another server
 
 
 def _close_all(servers: dict[str, _Server]) -> None:

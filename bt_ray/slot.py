@@ -368,11 +368,14 @@ class Slot:
         if server is not None:
             server.stop()
         with self._turn:
-            self._stop_server()
+            if self._server is server:  # else another was started since
+                self._stop_server()
 
     def close(self) -> None:
         """End whatever runs, for good, and leave nothing on the node's disk."""
         self.stop()
+        with self._turn:
+            self._stop_server()
         self._scratch.remove()
 
     def status(self) -> SlotStatus:

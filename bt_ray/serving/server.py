@@ -70,6 +70,7 @@ class ServerProcess:
         self.weights = weights
         self.adapters: dict[str, Weights] = {}
         self.is_open = False
+        self._stopped = False
         self._timeout_s = config.start_timeout_s
         self._drain_s = config.drain_timeout_s
         self._token = token
@@ -186,7 +187,8 @@ class ServerProcess:
 
     @property
     def alive(self) -> bool:
-        return self._process.alive
+        """Whether it runs, and nobody is ending it."""
+        return self._process.alive and not self._stopped
 
     @property
     def pid(self) -> int:
@@ -199,6 +201,8 @@ class ServerProcess:
     @property
     def end(self) -> str:
         """How the process ended, with its last log lines."""
+        if self._stopped:
+            return "It was stopped."
         return f"It ended with status {self._process.returncode}. Its last lines:\n{self._process.log_tail()}"
 
     def log_tail(self) -> str:
@@ -206,7 +210,7 @@ class ServerProcess:
 
     def stop(self) -> None:
         """End the server and all its processes. Harmless when it is gone already."""
-        self.is_open = False
+        self._stopped = True
         self._process.stop()
 
 

@@ -9,6 +9,7 @@ import pytest
 from support.processes import wait_for
 from support.scripted_model import write_model
 
+from bt_ray.child import ChildProcess
 from bt_ray.config import SweepConfig, make_config
 from bt_ray.errors import InfrastructureError, ServerError, TrainingError
 from bt_ray.hosting import FailureLatch
@@ -129,3 +130,33 @@ def test_each_base_model_of_a_loaded_program_keeps_a_server_of_its_own(
         pids.add(tuple(models.server(weights).slot.status().pid for weights in (base, other)))
     assert len(pids) == 1, "none was started twice"
     models.close()
+
+
+def test_a_server_that_is_being_stopped_is_not_served_from_but_started_anew(
+    config: SweepConfig, base: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot = slot_of(config, tmp_path)
+    first = slot.serve(base)
+    stops: list[ChildProcess] = []
+    may_end, stop = threading.Event(), ChildProcess.stop
+
+    def stopped_late(process: ChildProcess) -> None:
+        stops.append(process)
+        assert may_end.wait(30)
+        stop(process)
+
+    monkeypatch.setattr(ChildProcess, "stop", stopped_late)
+    try:
+        stopping = Call(slot.stop)
+        wait_for("the stop", lambda: stops)
+        serving = Call(slot.serve, base)
+        wait_for("its end to be waited for", lambda: len(stops) == 2 or not serving.thread.is_alive())
+        may_end.set()
+        assert serving.error() is None
+        assert stopping.error() is None
+        assert slot.change.how == "start"
+        assert slot.serve(base) != first
+        assert slot.change.how == "kept", "the stop was of the other one"
+    finally:
+        may_end.set()
+        slot.close()
