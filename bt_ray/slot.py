@@ -169,7 +169,7 @@ class Slot:
                 self._asleep = False
             server.probe(self._config.stall_timeout_s)
         except ServerError as error:
-            return "start", f"The engine gives no token: {error}\n{server.log_tail()}"
+            return "start", server.failure(error)
         missing = [weights for weights in wanted if not server.has(weights)]
         if not missing:
             return ("kept" if server.is_open else "reopened"), ""

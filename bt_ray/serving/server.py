@@ -19,6 +19,8 @@ from bt_ray.weights import Weights
 POLL_S = 0.1
 CONTROL_S = 600.0
 """Seconds that a control route may take: loading a large checkpoint."""
+END_TOLD_S = 2.0
+"""Seconds that may pass between the end of a process, which closes its connections, and the news of it."""
 LONGEST_SOCKET_FOLDER = 60
 """Characters of a folder in which vLLM may make sockets, whose whole path must have fewer than 108."""
 GPU_MEMORY_UTILIZATION = 0.92
@@ -205,8 +207,11 @@ class ServerProcess:
             return "It was stopped."
         return f"It ended with status {self._process.returncode}. Its last lines:\n{self._process.log_tail()}"
 
-    def log_tail(self) -> str:
-        return self._process.log_tail()
+    def failure(self, error: ServerError) -> str:
+        """Why the server did not answer: its end, if that is what closed the connection; else that it hangs."""
+        if self._process.wait(END_TOLD_S) is not None or self._stopped:
+            return self.end
+        return f"It hangs: {error} Its last lines:\n{self._process.log_tail()}"
 
     def stop(self) -> None:
         """End the server and all its processes. Harmless when it is gone already."""

@@ -51,10 +51,7 @@ class Watch:
                     self._server.probe(self._stall_s)
                     since = time.monotonic()
             except ServerError as error:
-                if self._server.alive:
-                    self._give_up(f"It hangs: {error} Its last lines:\n{self._server.log_tail()}")
-                else:
-                    self._give_up(self._server.end)
+                self._give_up(self._server.failure(error))
                 return
 
     def _give_up(self, reason: str) -> None:

@@ -1,6 +1,10 @@
 """A slot of scripted processes: who stops whom, and what reaches the server."""
 
+import os
+import select
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -160,3 +164,24 @@ def test_a_server_that_is_being_stopped_is_not_served_from_but_started_anew(
     finally:
         may_end.set()
         slot.close()
+
+
+def test_a_server_that_was_killed_is_not_said_to_hang_where_the_news_of_its_end_is_late(
+    config: SweepConfig, base: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await_exit = ChildProcess._await_exit
+
+    def await_exit_late(process: ChildProcess) -> None:
+        select.select([process._reports], [], [])
+        time.sleep(0.5)
+        await_exit(process)
+
+    monkeypatch.setattr(ChildProcess, "_await_exit", await_exit_late)
+    slot = slot_of(config, tmp_path)
+    slot.serve(base)
+    pid = slot.status().pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    slot.serve(base)
+    assert "ended with status -9" in slot.change.reason
+    slot.close()
