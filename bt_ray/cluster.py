@@ -15,6 +15,7 @@ from bt_ray.event_log import EventLog
 from bt_ray.events import Connected, Event, ServerChanged, ServerDid, ServerReplaced, Stage
 from bt_ray.preflight import check_resources, inside_job
 from bt_ray.storage import Storage
+from bt_ray.weights import Weights
 
 Listener = Callable[[Event], None]
 AUTOSCALER_S, LOOK_S = 10.0, 5.0
@@ -65,7 +66,14 @@ def connected(address: str | None, tell: Listener) -> Iterator[bool]:
 
 
 @contextmanager
-def opened_pool(config: SweepConfig, run_dir: str, needed: Mapping[str, int], own: bool, tell: Listener) -> Iterator[Any]:
+def opened_pool(
+    config: SweepConfig,
+    run_dir: str,
+    needed: Mapping[str, int],
+    first: Mapping[str, Weights],
+    own: bool,
+    tell: Listener,
+) -> Iterator[Any]:
     """The pool of model servers, with those placed that the sweep needs at least, before the first trial wants one.
 
     On a cluster that adds nodes by itself the pool grows on demand, from `needed` or one up to `server.count`; on any other
@@ -75,6 +83,7 @@ def opened_pool(config: SweepConfig, run_dir: str, needed: Mapping[str, int], ow
         config: The sweep's settings.
         run_dir: Its run directory.
         needed: Servers that a trial needs at a time, by whose slots they are in (`bt_ray.preflight.Checked`).
+        first: What they are started with, before a trial asks, by the same.
         own: Whether this Ray is the sweep's own.
         tell: Told what happens.
 
@@ -106,8 +115,9 @@ def opened_pool(config: SweepConfig, run_dir: str, needed: Mapping[str, int], ow
     # One of each at least: a kind of slot that the cluster can never have is told now, not when it is first wanted.
     initial = {slots: max(1, policies[slots].minimum) if config.autoscaling else servers[slots].count for slots in needed}
     tell(Stage(f"Placing {amount(sum(initial.values()), 'model server')}"))
+    settings = ServerSettings(config.server, secrets.token_urlsafe(32), across_nodes, run_dir, get_token())
     pool = ServerPool.options(scheduling_strategy=beside_the_driver()).remote(  # type: ignore[attr-defined]
-        ServerSettings(config.server, secrets.token_urlsafe(32), across_nodes, run_dir, get_token()), policies, initial
+        settings, policies, initial, first
     )
     try:
         _await_placement(pool, initial, config, tell)

@@ -177,7 +177,8 @@ class _Sweep:
         """The pool of model servers; none where all LMs are APIs'."""
         if not self.checked.bases:
             return nullcontext()
-        return opened_pool(self.config, self.run_dir, self.checked.models_at_once, own, self.tell)
+        checked = self.checked
+        return opened_pool(self.config, self.run_dir, checked.models_at_once, checked.asked_first, own, self.tell)
 
     def setups(self, pool: Any, claims: Any) -> "dict[str, TrialSetup]":
         """What trials need to know, by variant."""

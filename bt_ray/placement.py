@@ -111,6 +111,10 @@ class Server:
     def free(self) -> bool:
         return self.empty and not self.leaving
 
+    @property
+    def is_up(self) -> bool:
+        return self.state is State.READY and self.base is not None
+
     def serves(self, weights: Weights) -> bool:
         return weights.id in self.serving
 
@@ -176,10 +180,12 @@ class Placement:
 
     Args:
         policies: How servers are shared out: under `""`, and among the slots of a model's own under its `Weights.model`.
+        first: What a server is started with before anybody asks, as everybody will ask for it: by whose slots it is in.
     """
 
-    def __init__(self, policies: Mapping[str, Policy]) -> None:
+    def __init__(self, policies: Mapping[str, Policy], first: Mapping[str, Weights] | None = None) -> None:
         self.policies = policies
+        self.first = first or {}
         self.servers: dict[int, Server] = {}
         self.waiting: list[Ask] = []
         self._numbers = 0
@@ -300,6 +306,7 @@ class Placement:
         for slots in wanted.elements():
             if self._may_grow(slots):
                 self.grow(now, slots)
+        self._start_ahead()
         self._release_leaving()
         self._release_idle(now)
         actions, self._actions = self._actions, []
@@ -390,6 +397,22 @@ class Placement:
         for lease in server.leases.keys() - server.granted:
             self.waiting.append(server.leases.pop(lease))
         self.waiting.sort(key=lambda ask: ask.lease)
+
+    def _start_ahead(self) -> None:
+        """Start what is wanted at first in servers that nobody has used yet: in one, and when that is up, in the others.
+
+        The later ones start while the first answers, and find what it has downloaded and compiled. One that would end with
+        the first training in its slot is not worth its start.
+        """
+        for slots, weights in self.first.items():
+            there = [server for server in self.servers.values() if server.slots == slots]
+            unused = [server for server in there if server.free and server.base is None and not server.incarnation]
+            if all(server.base is None and not server.incarnation for server in there):
+                unused = unused[:1]
+            elif not self.policies[slots].stays_up or not any(server.is_up for server in there):
+                unused = []
+            for server in unused:
+                self._serve(server, weights)
 
     def _release_leaving(self) -> None:
         """A server whose node is going away is of no use any more when nothing is on it."""

@@ -87,6 +87,15 @@ class CheckedSweep:
         return {slots: most[slots] for checked in self.variants.values() for slots in checked.models_at_once}
 
     @property
+    def asked_first(self) -> dict[str, Weights]:
+        """The base model that programs ask at first, by whose slots it is in, of those slots that are for one alone."""
+        at_once = self.models_at_once
+        of: dict[str, list[Weights]] = {}
+        for base in self.bases.values():
+            of.setdefault(base.model if base.model in at_once else "", []).append(base)
+        return {slots: bases[0] for slots, bases in of.items() if len(bases) == 1 and at_once[slots]}
+
+    @property
     def servers(self) -> int:
         """The servers, at most, that programs ask, or, where these ask APIs alone, optimizers; 0 if no model is served."""
         asked = [slots for slots, count in self.models_at_once.items() if count] or list(self.models_at_once)

@@ -68,11 +68,18 @@ class ServerPool:
         settings: What servers are created with.
         policies: How they are shared out, by whose slots they are in, as `bt_ray.placement.Placement` has them.
         initial: How many are created at once, without anybody having asked, by the same.
+        first: What they are started with, without anybody having asked.
     """
 
-    def __init__(self, settings: ServerSettings, policies: Mapping[str, Policy], initial: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        settings: ServerSettings,
+        policies: Mapping[str, Policy],
+        initial: Mapping[str, int],
+        first: Mapping[str, Weights] | None = None,
+    ) -> None:
         self._settings = settings
-        self._placement = Placement(policies)
+        self._placement = Placement(policies, first)
         self._initial = initial
         self._actors: dict[int, ActorHandle[Any]] = {}
         self._nodes: dict[int, str] = {}

@@ -18,6 +18,7 @@ from simulation.schedules import lower_bound, trains
 
 TICK_S = 1.0
 """As the pool's: time alone may be a reason to act."""
+BASE = Weights("model-0", "model")
 Process = Generator[simpy.Event, Any, Any]
 
 
@@ -65,6 +66,7 @@ class Switches:
         stays_up: Whether a server keeps its model during a training.
         adapters: Adapters served at once; 0: merged checkpoints.
         grows: Whether slots are asked for one by one, as they are wanted, rather than all at once.
+        starts_ahead: Whether servers are started with the base before anybody asks for it.
     """
 
     trials_per_slot: int = 2
@@ -77,6 +79,7 @@ class Switches:
     stays_up: bool = True
     adapters: int = 0
     grows: bool = False
+    starts_ahead: bool = True
 
     def policy(self, slots: int) -> Policy:
         return Policy(
@@ -217,7 +220,7 @@ class Simulation:
         self.strategies, self.times, self.switches, self.seed = strategies, times, switches, seed
         self.slots = slots
         self.clock = simpy.Environment()
-        self.placement = Placement({"": switches.policy(slots)})
+        self.placement = Placement({"": switches.policy(slots)}, {"": BASE} if switches.starts_ahead else None)
         self.claims = ClaimTable(set(), 0)
         self.weights: dict[str, Weights] = {}
         self.held: dict[int, Slot] = {}
@@ -288,7 +291,7 @@ class Simulation:
         self._next_trial()
 
     def _step(self, holder: str, prefix: str) -> Process:
-        weights = self.weights[parent(prefix)] if prefix else Weights("model-0", "model")
+        weights = self.weights[parent(prefix)] if prefix else BASE
         work = self.drawn("evaluate", prefix)
         if trains(prefix):
             yield from self._train(holder, weights, prefix)

@@ -24,8 +24,9 @@ X1, X2, X3 = (Weights(f"a-ft-x{n}", f"x{n}", "a", on=A) for n in (1, 2, 3))
 class Pool:
     """A placement, and a clock, with servers that do at once what they are told."""
 
-    def __init__(self, **policy: float) -> None:
-        self.placement = Placement({"": Policy(**{"limit": 1, "turn_s": 60, "patience_s": 30, **policy})})  # type: ignore[arg-type]
+    def __init__(self, first: Weights | None = None, **policy: float) -> None:
+        policies = {"": Policy(**{"limit": 1, "turn_s": 60, "patience_s": 30, **policy})}  # type: ignore[arg-type]
+        self.placement = Placement(policies, {"": first} if first else None)
         self.now = 0.0
         self.numbers = itertools.count(1)
         self.done: list[Action] = []
@@ -207,6 +208,35 @@ def test_leases_that_were_promised_on_a_dead_server_wait_again_and_the_pool_grow
     assert placement.decide(1) == [Grow(1)]
 
 
+def test_what_all_ask_for_at_first_is_started_before_they_ask_in_one_server_and_then_in_the_others() -> None:
+    placement = Placement({"": Policy(limit=3)}, {"": A})
+    for _ in range(3):
+        placement.placed(placement.grow(0).number, 0)
+    assert placement.decide(0) == [Grow(0), Grow(1), Grow(2), Serve(0, A)]
+    placement.asked(Ask(1, "x", A1, True, 1))
+    assert [action for action in placement.decide(1) if isinstance(action, Grant)] == [Grant(Ask(1, "x", A1, True, 1), 1)]
+    placement.served(0, 2)
+    assert placement.decide(2) == [Serve(2, A)], "not the one that trains"
+    assert placement.failed(2, 3) == []
+    placement.ended(1, 3)
+    assert placement.decide(3) == [Serve(1, A)], "not again what failed"
+    placement.served(1, 4)
+    assert placement.decide(4) == []
+
+
+def test_a_server_that_would_end_with_the_first_training_is_not_started_ahead_but_for_the_first() -> None:
+    pool = Pool(first=A, limit=2, stays_up=False)
+    for _ in range(2):
+        pool.placement.grow(pool.now)
+    pool.settle()
+    assert pool.served() == [(0, "a")]
+    training = pool.ask(A, exclusive=True)
+    assert pool.server_of(training) == 1
+    pool.end(training)
+    assert pool.server_of(pool.ask(A)) == 0
+    assert pool.served() == [(0, "a")]
+
+
 def test_idle_servers_go_until_the_minimum_is_left() -> None:
     pool = Pool(limit=3, minimum=1, idle_timeout_s=100)
     for lease in [pool.ask(A), pool.ask(A1), pool.ask(A2)]:
@@ -289,12 +319,14 @@ class RandomEvents(RuleBasedStateMachine):
     weights = ALL_WEIGHTS
     adapters = 0
     limits: ClassVar = {"": 3}
+    first: ClassVar[dict[str, Weights]] = {}
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
         policy = Policy(limit=0, turn_s=10, patience_s=5, idle_timeout_s=50, adapters=self.adapters)
-        self.placement = Placement({slots: replace(policy, limit=limit) for slots, limit in self.limits.items()})
+        policies = {slots: replace(policy, limit=limit) for slots, limit in self.limits.items()}
+        self.placement = Placement(policies, self.first)
         self.numbers = itertools.count(1)
         self.asked: dict[int, Ask] = {}
         self.ended: set[int] = set()
@@ -444,11 +476,13 @@ class RandomEvents(RuleBasedStateMachine):
 class RandomEventsWithSlotsOfAModelsOwn(RandomEvents):
     weights = (A, A1, BIG, BIG1)
     limits: ClassVar = {"": 2, "big": 2}
+    first: ClassVar = {"": A, "big": BIG}
 
 
 class RandomEventsWithAdapters(RandomEvents):
     weights = (A, X1, X2, X3, B)
     adapters = 2
+    first: ClassVar = {"": A}
 
 
 TestRandomEvents = RandomEvents.TestCase

@@ -23,9 +23,11 @@ ALL = every("pw", 3)
 
 def test_one_strategy_takes_what_its_parts_take() -> None:
     outcome = Simulation(["p -> w"], 1, EXACT, Switches()).run()
-    assert outcome.makespan == pytest.approx(3 + 10 + 20 + (50 + 20) + (100 + 1 + 20), abs=1)
+    assert outcome.makespan == pytest.approx(10 + 20 + (50 + 20) + (100 + 1 + 20), abs=1), "it starts at once"
     assert (outcome.starts, outcome.swaps, outcome.steps) == (1, 1, 3)
     assert outcome.bound == 20 + 70 + 120
+    late = Simulation(["p -> w"], 1, EXACT, Switches(starts_ahead=False)).run()
+    assert late.makespan == pytest.approx(outcome.makespan + 3, abs=1)
     stopped = Simulation(["p -> w"], 1, EXACT, Switches(stays_up=False)).run()
     assert (stopped.starts, stopped.swaps) == (2, 0)
     assert stopped.makespan == pytest.approx(outcome.makespan + 9, abs=1)
