@@ -37,6 +37,7 @@ from support.scripted_model import write_model  # noqa: E402
 from support.slot_models import SlotModels  # noqa: E402
 
 from bt_ray.config import make_config  # noqa: E402
+from bt_ray.one_core import OneCore, keep_on  # noqa: E402
 from bt_ray.serving.server import Endpoint  # noqa: E402
 
 
@@ -64,8 +65,10 @@ def main() -> None:
             'dspy.Evaluate, engine="lm15"': lambda: evaluated(of_lm15(endpoint), count, options.in_flight),
             "dspy.Evaluate, a sweep's LM": lambda: evaluated(lm, count, options.in_flight),
         }
+        cores = os.sched_getaffinity(0)
         rates: dict[str, list[float]] = {way: [] for way in ways}
         for _, (way, measure) in itertools.product(range(options.repeats), ways.items()):
+            keep_on(cores)
             rates[way].append(count / measure())
     reference = statistics.median(rates["raw closed loop"])
     print(f"{count} requests, {options.in_flight} in flight, medians of {options.repeats}")
@@ -85,7 +88,7 @@ def served(model: Path | None, folder: Path) -> Any:
     else:
         values |= {"model": str(model.resolve()), "server": {"threads": os.cpu_count(), "max_model_len": 2048}}
     models = SlotModels(make_config(values), folder)
-    lm = models.lm()
+    lm = models.lm(OneCore())
     lm.cache = False
     try:
         yield models, lm

@@ -49,7 +49,8 @@ LAYERS: dict[str, set[str]] = {
     },
     "hosting": {"errors", "serving", "weights"},
     "failures": {"errors"},
-    "lm": {"config", "errors", "failures", "hosting", "serving", "weights"},
+    "one_core": set(),
+    "lm": {"config", "errors", "failures", "hosting", "one_core", "serving", "weights"},
     "local_models": {"config", "errors", "hosting", "serving", "slot", "storage", "weights"},
     "better_together": {"errors", "failures", "hosting", "lm", "results", "strategy", "task", "teachers"},
     "served_models": {"config", "errors", "lm", "sweep_toml", "weights"},
@@ -80,9 +81,9 @@ LAYERS: dict[str, set[str]] = {
     },
     "trial": {
         "actors", "better_together", "config", "errors", "failures", "fingerprint", "hosting", "kept_steps", "lm",
-        "mlflow_runs", "node_disk", "results", "served_models", "storage", "store", "strategy", "task",
+        "mlflow_runs", "node_disk", "one_core", "results", "served_models", "storage", "store", "strategy", "task",
     },
-    "cluster": {"actors", "config", "errors", "event_log", "events", "nodes", "placement", "preflight", "storage"},
+    "cluster": {"actors", "config", "errors", "event_log", "events", "nodes", "placement", "preflight", "storage", "weights"},
     "tuning": {"errors", "events", "node_disk", "search_walk", "strategy", "trial", "tune_loggers"},
     "driver": {
         "actors", "best", "cluster", "config", "errors", "events", "fingerprint", "kept_examples", "mlflow_runs",
