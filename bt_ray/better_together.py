@@ -23,10 +23,11 @@ from dspy.teleprompt.teleprompt import Teleprompter
 from dspy.utils.callback import BaseCallback
 
 from bt_ray.errors import InfrastructureFailure, TaskError
+from bt_ray.evaluation import Evaluator, Limits, Scores
 from bt_ray.failures import Side, is_lost_answer, side_of
 from bt_ray.hosting import FailureLatch
 from bt_ray.lm import STEP_SETTING, EmptyTrainingSet, ServedEngine, student_lm
-from bt_ray.results import StepFailure, failure_of, one_line
+from bt_ray.results import StepFailure, failure_of
 from bt_ray.strategy import BASELINE, SEPARATOR
 from bt_ray.task import StepContext, Task, step_seed
 from bt_ray.teachers import stand_in_for
@@ -81,8 +82,8 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         lm: The LM to build the first optimizers with.
         seed: The sweep's seed.
         scratch_dir: Makes the folder that a step, named by its prefix, has for its own files.
-        engine: The engine of the served LMs, None if the program has none.
-        latch: Looked at before a step counts.
+        engine: The engine of the served LMs, whose latch is looked at before a step counts.
+        evaluator: Evaluates its programs.
         steps: Who keeps finished steps.
         retries: How often a step is repeated that lost its infrastructure.
     """
@@ -94,21 +95,20 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         *,
         seed: int,
         scratch_dir: Callable[[str], Path],
-        latch: FailureLatch,
-        engine: ServedEngine | None,
+        engine: ServedEngine,
+        evaluator: Evaluator,
         steps: Steps,
         retries: int = 0,
     ) -> None:
         self._task = task
         self._seed = seed
         self._scratch_dir = scratch_dir
-        self._latch = latch
-        self._engine = engine
+        assert engine.latch is not None
+        self._engine, self._latch = engine, engine.latch
         self._steps = steps
         self._retries = retries
-        self._ambient_lm = dspy.settings.lm
-        self._example_scores: tuple[float, ...] = ()
-        self._example_errors: list[str] = []
+        self._evaluator = evaluator
+        self._scores = Scores()
         self.failure: StepFailure | None = None
         """How the step failed that ended the strategy early, None if none did."""
         super().__init__(metric=task.metric, **task.build_optimizers(self._context(BASELINE, lm)))
@@ -232,37 +232,21 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         provide_traceback: bool | None,
     ) -> float | None:
         drop_traced_forward(program)
-        self._example_scores, self._example_errors = (), []
+        self._scores = Scores()
         if not valset:
             return None
-        evaluate = dspy.Evaluate(
-            devset=valset,
-            metric=told(self.metric, self._latch, self._example_errors),
-            num_threads=num_threads,
-            max_errors=max_errors,
-            display_table=False,
-            display_progress=False,
-            provide_traceback=provide_traceback,
-        )
-        try:
-            with dspy.context(lm=self._ambient_lm):  # a metric that asks a model must not be judged by the student
-                result = evaluate(told(program, self._latch, self._example_errors))
-        except Exception as error:
-            self._latch.check()
-            raise _stopped_evaluation(error, max_errors) from error
-        self._example_scores = tuple(float(example_score) for _, _, example_score in result.results)
-        return float(result.score)
+        self._scores = self._evaluator.scores(program, valset, Limits(num_threads, max_errors, provide_traceback))
+        return self._scores.percent
 
     def _outcome(self, prefix: str, program: dspy.Module, score: float | None, started: float) -> StepOutcome:
         """What a step gave whose program was evaluated last."""
-        errors = Counter(self._example_errors)
-        return StepOutcome(prefix, program, score, self._example_scores, started, time.time() - started, errors)
+        scores, errors = self._scores.of_examples, Counter(self._scores.errors)
+        return StepOutcome(prefix, program, score, scores, started, time.time() - started, errors)
 
     def _step(self, prefix: str) -> Any:
         """The context that a step's threads inherit; requests of any other step are refused from now on."""
         self._running = prefix
-        if self._engine is not None:
-            self._engine.step = prefix
+        self._engine.step = prefix
         return dspy.context(**{STEP_SETTING: prefix})
 
     def _context(self, prefix: str, lm: dspy.LM) -> StepContext:
@@ -290,24 +274,6 @@ class LostAnswers(BaseCallback):  # type: ignore[misc]
     on_lm_start, on_lm_end = on_module_start, on_module_end
 
 
-def told(call: Callable[..., Any], latch: FailureLatch, errors: list[str]) -> Callable[..., Any]:
-    """A program or a metric for an evaluation, whose lost answers reach the latch: DSPy would score the example 0 for them.
-
-    What else it raises, for which the example scores 0, is added to `errors`.
-    """
-
-    def called(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return call(*args, **kwargs)
-        except Exception as error:
-            if is_lost_answer(error):
-                raise latch.trip(error) from error
-            errors.append(one_line(error))
-            raise
-
-    return called
-
-
 def refuse_optimizer_that_mixes_lms(optimizer: Teleprompter, student: dspy.Module) -> None:
     """Raises `TaskError` for a prompt optimizer on predictors with different LMs.
 
@@ -329,17 +295,6 @@ def drop_traced_forward(program: dspy.Module) -> None:
     forward = program.__dict__.get("forward")
     if isinstance(forward, MethodType) and forward.__func__ is getattr(type(program), "forward", None):
         del program.__dict__["forward"]
-
-
-def _stopped_evaluation(error: Exception, max_errors: int | None) -> Exception:
-    """DSPy's error for an evaluation with too many failed examples, in words that say what to do; any other as it is."""
-    if "Execution cancelled" not in str(error):
-        return error
-    limit = dspy.settings.max_errors if max_errors is None else max_errors
-    return TaskError(
-        f"The evaluation was stopped after {limit} failed examples (max_errors): the metric raised, or answers did not "
-        f"parse. The trial's log has them. If the model is only weak, set max_errors higher. DSPy says: {error}"
-    )
 
 
 def _without_data(compile_args: dict[str, Any], trainset: Sequence[dspy.Example]) -> TaskError:

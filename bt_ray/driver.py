@@ -31,7 +31,7 @@ from bt_ray.task import TaskFunction, task_spec
 from bt_ray.tuning import Trial, run_search, run_trials
 
 if TYPE_CHECKING:
-    from bt_ray.trial import TrialSetup
+    from bt_ray.trial_setup import TrialSetup
 
 CLAIMS_PER_DRIVER = 1_000_000
 """Claims are numbered from this multiple of how many drivers the run directory has seen, so none is numbered twice."""
@@ -182,7 +182,7 @@ class _Sweep:
 
     def setups(self, pool: Any, claims: Any) -> "dict[str, TrialSetup]":
         """What trials need to know, by variant."""
-        from bt_ray.trial import TrialSetup
+        from bt_ray.trial_setup import TrialSetup
 
         variants = self.checked.variants.items()
         return {

@@ -55,10 +55,13 @@ class Usage:
     completion_tokens: int = 0
     cut_off: int = 0
 
-    def plus(self, response: Response) -> "Usage":
-        tokens_in, tokens_out = response.usage.input_tokens or 0, response.usage.output_tokens or 0
-        cut_off = self.cut_off + (response.finish_reason == "length")
-        return Usage(self.requests + 1, self.prompt_tokens + tokens_in, self.completion_tokens + tokens_out, cut_off)
+    def plus(self, other: "Usage") -> "Usage":
+        return Usage(
+            self.requests + other.requests,
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.cut_off + other.cut_off,
+        )
 
     def since(self, earlier: "Usage") -> "Usage":
         return Usage(
@@ -67,6 +70,12 @@ class Usage:
             self.completion_tokens - earlier.completion_tokens,
             self.cut_off - earlier.cut_off,
         )
+
+
+def usage_of(response: Response) -> Usage:
+    """What one answer took."""
+    tokens_in, tokens_out = response.usage.input_tokens or 0, response.usage.output_tokens or 0
+    return Usage(1, tokens_in, tokens_out, int(response.finish_reason == "length"))
 
 
 class ServedLM(dspy.LM):  # type: ignore[misc]
@@ -135,9 +144,13 @@ class ServedEngine:
             lost = ServerError(f"No server answered for weights {weights_id}: {error}")
             lost.__cause__ = error
             raise lost if self.latch is None else self.latch.trip(lost) from error
-        with self._lock:
-            self.usage = self.usage.plus(response)
+        self.add(usage_of(response))
         return response
+
+    def add(self, usage: Usage) -> None:
+        """Count answers that were asked for elsewhere on this engine's behalf, or here."""
+        with self._lock:
+            self.usage = self.usage.plus(usage)
 
     def _answered(self, request: Request, weights_id: str) -> Response:
         """The answer, by whatever server serves the weights now; asked for again when a server is lost, or goes away."""

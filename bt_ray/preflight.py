@@ -284,12 +284,14 @@ def _missing(config: SweepConfig, nodes: Sequence[Mapping[str, float]], servers:
                 f"{placed}. {fewer} the servers smaller."
             )
     trial = config.trial
-    if max(node["CPU"] for node in free) < trial.cpus - 1e-9:
+    if sum(int(node["CPU"] / trial.cpus + 1e-9) for node in free) < trial.processes:
         total = sum(node.get("CPU", 0) for node in nodes)
+        of_a_trial = "a trial" if trial.processes == 1 else f"each of a trial's {trial.processes} processes"
         asked = " and ".join(f"{amount(server.count, 'server')} of {server.needs} each" for server in servers.values())
         return (
-            f"{asked} leave no {trial.cpus} CPU for a trial: the cluster has {amount(total, 'CPU')}. Set server.cpus a "
-            "little lower (server.threads stays what it is), or trial.cpus."
+            f"{asked} leave no {trial.cpus:g} CPU for {of_a_trial}: the cluster has {amount(total, 'CPU')}. Set "
+            "server.cpus a little lower (server.threads stays what it is), or trial.cpus"
+            f"{' or trial.processes' * (trial.processes > 1)}."
         )
     return None
 

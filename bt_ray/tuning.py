@@ -15,7 +15,7 @@ from bt_ray.strategy import SEPARATOR
 from bt_ray.tune_loggers import tune_loggers
 
 if TYPE_CHECKING:
-    from bt_ray.trial import TrialSetup
+    from bt_ray.trial_setup import TrialSetup
 
 MOST_TRIALS = 1 << 30
 """Of a search, which says itself when it is over."""
@@ -158,7 +158,8 @@ def _tuned(
 
     first = next(iter(setups.values()))
     config = first.config
-    trainable = tune.with_resources(tune.with_parameters(run_trial, setups=dict(setups)), {"CPU": config.trial.cpus})
+    needed = tune.PlacementGroupFactory([{"CPU": config.trial.cpus}] * config.trial.processes)
+    trainable = tune.with_resources(tune.with_parameters(run_trial, setups=dict(setups)), needed)
     concurrent = config.concurrent_trials(trials, servers)
     for name in RAY_TUNE_LOGS:  # tracebacks of lost trials, which stand in the result, and files that nobody asked for
         logging.getLogger(name).setLevel(logging.CRITICAL)

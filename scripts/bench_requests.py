@@ -6,6 +6,9 @@
 One run, side by side, the same number of requests in flight: threads that ask the server over kept connections and nothing
 else; `dspy.Evaluate` with `dspy.LM(engine="lm15")`; and `dspy.Evaluate` with the LM of a sweep, which leases, counts, and
 refuses answers of other weights. DSPy's cache is off, so that each example is one request.
+
+Then, on the scripted server, whole sweeps whose evaluations are spread over processes (`trial.processes`). There DSPy's
+cache is on, and empty: each answer is written to it.
 """
 
 import argparse
@@ -52,10 +55,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="serve this by vLLM (default: a scripted server)")
     parser.add_argument("--in-flight", type=int, default=32)
-    parser.add_argument("--requests", type=int, help="of each measurement (default: 3000, or 96 of vLLM)")
+    parser.add_argument("--requests", type=int, help="of each measurement (default: 1000, or 96 of vLLM)")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2], help="of the sweeps' trials (default: 1 2)")
     options = parser.parse_args()
-    count = options.requests or (96 if options.model else 3000)
+    count = options.requests or (96 if options.model else 1000)
     logging.getLogger("dspy").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder, served(options.model, Path(folder)) as (models, lm):
         with models.request(models.base.id) as endpoint:
@@ -75,6 +79,8 @@ def main() -> None:
     for way, found in rates.items():
         rate = statistics.median(found)
         print(f"{way:<30} {rate:8.1f} requests/s  {rate / reference:5.2f} of raw   ({min(found):.1f} - {max(found):.1f})")
+    if options.processes and not options.model:
+        spread(options.processes, count, options.in_flight, options.repeats)
 
 
 @contextlib.contextmanager
@@ -94,6 +100,41 @@ def served(model: Path | None, folder: Path) -> Any:
         yield models, lm
     finally:
         models.close()
+
+
+def spread(processes: list[int], count: int, in_flight: int, repeats: int) -> None:
+    """Print the rates of a sweep's evaluations, by the processes that share them."""
+    import ray
+
+    import bt_ray
+    from bt_ray.cluster import DRIVER_ENVIRONMENT
+    from bt_ray.run_directory import read_steps
+    from bt_ray.storage import open_storage
+
+    rates: dict[int, list[float]] = {number: [] for number in processes}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= DRIVER_ENVIRONMENT | {"DSPY_CACHEDIR": f"{folder}/dspy_cache"}
+        ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="error")
+        for repeat, number in itertools.product(range(repeats), processes):
+            name = f"model-{repeat}-{number}"  # whose answers no cache knows
+            write_model(Path(folder, name), skill=10)
+            values: dict[str, Any] = {
+                "model": f"{folder}/{name}",
+                "run_dir": f"{folder}/{name}-run",
+                "args": {"valset": count},
+                "strategies": ["p"],
+                "num_threads": in_flight,
+                "server": {"command": [sys.executable, str(SUPPORT / "scripted_server.py")], "cpus": 0.5},
+                "trial": {"processes": number},
+            }
+            bt_ray.sweep(f"{SUPPORT / 'tasks.py'}:large", values)
+            _, steps = read_steps(open_storage(values["run_dir"]))
+            rates[number].append(count / steps["p"].seconds)  # its optimizer asks nothing
+        ray.shutdown()
+    alone = statistics.median(rates[processes[0]])
+    for number, found in rates.items():
+        way, rate = f"a sweep, {number} {'process' if number == 1 else 'processes'}", statistics.median(found)
+        print(f"{way:<30} {rate:8.1f} requests/s  {rate / alone:5.2f} times   ({min(found):.1f} - {max(found):.1f})")
 
 
 def of_lm15(endpoint: Endpoint) -> dspy.LM:

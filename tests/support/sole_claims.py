@@ -8,6 +8,7 @@ import dspy
 
 from bt_ray.better_together import StepOutcome, SweepBetterTogether
 from bt_ray.config import make_config
+from bt_ray.evaluation import LocalEvaluator
 from bt_ray.fingerprint import StepKey, digest
 from bt_ray.kept_steps import KeptSteps
 from bt_ray.lm import ServedEngine, ServedLM, Usage, assign_lm
@@ -80,8 +81,10 @@ def sole_walk(task: Task, lm: ServedLM, strategy: str, *, seed: int = 0, **argum
     folder: Path = engine.models.work_dir
     assign_lm(task.program, lm)
     steps = OwnSteps(folder, strategy, task.program, engine)
+    assert engine.latch is not None
+    evaluator = LocalEvaluator(task.metric, engine.latch)
     optimizer = SweepBetterTogether(
-        task, lm, seed=seed, scratch_dir=lambda prefix: folder, latch=engine.latch, engine=engine, steps=steps
+        task, lm, seed=seed, scratch_dir=lambda prefix: folder, engine=engine, evaluator=evaluator, steps=steps
     )
     program = optimizer.walk(strategy, **arguments)
     return SoleWalk(program, steps.outcomes, optimizer.failure)

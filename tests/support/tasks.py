@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import dspy
+import psutil
 from dspy.teleprompt import GEPA, BootstrapFinetune, LabeledFewShot
 from dspy.teleprompt.teleprompt import Teleprompter
 
@@ -156,6 +157,25 @@ def deadly() -> bt_ray.Task:
         os._exit(1)
 
     return double(metric=end)
+
+
+def deadly_elsewhere() -> bt_ray.Task:
+    """A metric that takes its process with it, once, and only where that is not the trial's own."""
+
+    def end(example: Any, prediction: Any, trace: Any = None) -> bool:
+        if psutil.Process().cmdline()[0].startswith("ray::EvaluatingProcess"):
+            died = Path(__file__).with_name("computed.txt")
+            if not died.exists():
+                died.touch()
+                os._exit(1)
+        return exact(example, prediction)
+
+    return double(metric=end)
+
+
+def large(valset: int) -> bt_ray.Task:
+    """A valset of so many examples."""
+    return double(valset=examples(range(valset)), testset=None)
 
 
 def without_testset() -> bt_ray.Task:

@@ -52,7 +52,8 @@ LAYERS: dict[str, set[str]] = {
     "one_core": set(),
     "lm": {"config", "errors", "failures", "hosting", "one_core", "serving", "weights"},
     "local_models": {"config", "errors", "hosting", "serving", "slot", "storage", "weights"},
-    "better_together": {"errors", "failures", "hosting", "lm", "results", "strategy", "task", "teachers"},
+    "evaluation": {"errors", "failures", "hosting", "results"},
+    "better_together": {"errors", "evaluation", "failures", "hosting", "lm", "results", "strategy", "task", "teachers"},
     "served_models": {"config", "errors", "lm", "sweep_toml", "weights"},
     "kept_steps": {"better_together", "errors", "failures", "fingerprint", "lm", "results", "served_models", "store"},
     "remote_models": {"errors", "hosting", "serving", "weights"},
@@ -79,16 +80,25 @@ LAYERS: dict[str, set[str]] = {
         "claims", "config", "errors", "events", "hosting", "nodes", "placement", "preflight", "results", "serving", "slot",
         "storage", "training", "weights",
     },
-    "trial": {
-        "actors", "better_together", "config", "errors", "failures", "fingerprint", "hosting", "kept_steps", "lm",
-        "mlflow_runs", "node_disk", "one_core", "results", "served_models", "storage", "store", "strategy", "task",
+    "trial_setup": {
+        "actors", "config", "errors", "fingerprint", "hosting", "lm", "node_disk", "one_core", "served_models", "storage",
+        "store", "task",
     },
-    "cluster": {"actors", "config", "errors", "event_log", "events", "nodes", "placement", "preflight", "storage", "weights"},
-    "tuning": {"errors", "events", "node_disk", "search_walk", "strategy", "trial", "tune_loggers"},
+    "spread_evaluation": {
+        "actors", "errors", "evaluation", "kept_steps", "lm", "served_models", "trial_setup", "weights",
+    },
+    "trial": {
+        "actors", "better_together", "errors", "evaluation", "failures", "kept_steps", "lm", "mlflow_runs", "results",
+        "served_models", "spread_evaluation", "store", "strategy", "trial_setup",
+    },
+    "cluster": {
+        "actors", "config", "errors", "event_log", "events", "nodes", "placement", "preflight", "storage", "weights",
+    },
+    "tuning": {"errors", "events", "node_disk", "search_walk", "strategy", "trial", "trial_setup", "tune_loggers"},
     "driver": {
         "actors", "best", "cluster", "config", "errors", "events", "fingerprint", "kept_examples", "mlflow_runs",
         "preflight", "results", "run_directory", "run_lock", "search_walk", "state", "storage", "store", "strategy",
-        "sweep_toml", "task", "trial", "tuning",
+        "sweep_toml", "task", "trial", "trial_setup", "tuning",
     },
     "jobs": {"errors"},
     "starter": {"errors"},
@@ -102,7 +112,8 @@ LAYERS: dict[str, set[str]] = {
 }  # fmt: skip
 
 RAY_FREE = set(LAYERS) - {
-    "space", "tune_loggers", "nodes", "actors", "trial", "cluster", "tuning", "driver", "jobs", "cli", "__init__",
+    "space", "tune_loggers", "nodes", "actors", "trial_setup", "spread_evaluation", "trial", "cluster", "tuning", "driver",
+    "jobs", "cli", "__init__",
 }  # fmt: skip
 TORCH_FREE = {"torch", "trl", "peft", "transformers", "datasets", "accelerate"}
 

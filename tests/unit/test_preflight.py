@@ -49,6 +49,13 @@ def test_what_is_missing_is_named(server: dict[str, Any], nodes: list[dict[str, 
     assert missing in warning
 
 
+def test_each_process_of_a_trial_needs_its_share() -> None:
+    of_three = make_config({**config(cpus=0.9).model_dump(), "trial": {"processes": 3, "cpus": 0.1}})
+    assert check_resources(of_three, [{"CPU": 1.0}, {"CPU": 0.2}]) == []
+    with pytest.raises(ResourcesError, match=r"leave no 0\.1 CPU for each of a trial's 3 processes: .* or trial.processes"):
+        check_resources(of_three, [{"CPU": 1.1}])
+
+
 def test_models_with_slots_of_their_own_need_room_too() -> None:
     own = {"org/large": {"count": 1, "gpus": 8, "accelerator_type": "A100"}}
     small = {"count": 1, "gpus": 1, "accelerator_type": "L4", "models": own}

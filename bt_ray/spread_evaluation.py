@@ -1,0 +1,228 @@
+"""Evaluations spread over processes, where Python's own work in one is what bounds them.
+
+Each process has some of the examples, a program rebuilt from its state, and leases of its own. The metric's values come
+together in the examples' order, as if one process had found them.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import ray
+
+from bt_ray.actors.calls import own_errors
+from bt_ray.errors import InfrastructureError, InfrastructureFailure
+from bt_ray.trial_setup import LOG, TrialSetup, dspy_settings, log_file, student, work_folder
+from bt_ray.weights import Weights
+
+if TYPE_CHECKING:
+    import dspy
+
+    from bt_ray.evaluation import Evaluator, Limits, Scores
+    from bt_ray.lm import ServedEngine, Usage
+
+T = TypeVar("T")
+CLOSE_S = 10.0
+"""Seconds that a process has to keep its log when its trial ends."""
+
+
+@dataclass(frozen=True)
+class SavedProgram:
+    """A program as another process rebuilds it.
+
+    Attributes:
+        state: As `bt_ray.kept_steps.program_state` makes it.
+        weights: The id of the weights that each predictor with a served LM uses, by the predictor's name.
+        api_models: The model of each other predictor's LM.
+        known: These weights, by id.
+    """
+
+    state: bytes
+    weights: Mapping[str, str]
+    api_models: Mapping[str, str]
+    known: Mapping[str, Weights]
+
+
+@ray.remote
+class EvaluatingProcess:
+    """Evaluates its part of the examples.
+
+    Args:
+        setup: What the trial knows.
+        holder: Its name, for the pool.
+        folder: Its own folder below the run directory, for its log.
+    """
+
+    def __init__(self, setup: TrialSetup, holder: str, folder: str) -> None:
+        from bt_ray.evaluation import LocalEvaluator
+
+        self._setup = setup
+        self._opened = ExitStack()
+        here = self._opened.enter_context(work_folder(setup.store.storage, folder))
+        self._opened.enter_context(log_file(here / LOG))
+        threads = setup.config.num_threads
+        task, self._models, self._hosted = self._opened.enter_context(student(setup, holder, threads))
+        self._program = task.program
+        self._evaluator = LocalEvaluator(task.metric, self._models.engine.latch)
+        self._evaluations = 0
+
+    def scores(self, saved: SavedProgram, examples: "Sequence[dspy.Example]", limits: "Limits") -> "tuple[Scores, Usage]":
+        """The scores of these examples, and what their answers took.
+
+        Raises:
+            BtRayError: As `bt_ray.evaluation.Evaluator`.
+        """
+        import dspy
+
+        from bt_ray.kept_steps import load_state
+        from bt_ray.lm import STEP_SETTING
+        from bt_ray.served_models import assign_versions
+
+        engine, program = self._models.engine, self._program.deepcopy()
+        assign_versions(program, saved.weights, saved.api_models, self._models, saved.known.__getitem__)
+        load_state(program, saved.state)
+        engine.latch.release()
+        self._evaluations += 1
+        engine.step, before = str(self._evaluations), engine.usage
+        try:
+            with dspy.context(**dspy_settings(self._setup.config), **{STEP_SETTING: engine.step}):
+                scores = self._evaluator.scores(program, examples, limits)
+            engine.latch.check()
+        except InfrastructureFailure as failure:
+            raise InfrastructureError(str(failure)) from failure
+        finally:
+            self._hosted.give_back()
+        return scores, engine.usage.since(before)
+
+    def close(self) -> None:
+        """Keep the log, and give back what is leased."""
+        self._opened.close()
+
+
+@contextmanager
+def opened_evaluator(
+    setup: TrialSetup, task: Any, models: Any, hosted: Any, *, name: str, folder: str
+) -> "Iterator[Evaluator]":
+    """The evaluator of a trial, in as many processes as the settings say.
+
+    Args:
+        setup: What the trial knows.
+        task: Its task, as `bt_ray.trial_setup.student` gives it.
+        models: Its models, likewise.
+        hosted: Who hosts them, likewise.
+        name: The trial's name, for the pool.
+        folder: The trial's folder below the run directory.
+    """
+    from bt_ray.evaluation import LocalEvaluator
+
+    own = LocalEvaluator(task.metric, models.engine.latch)
+    if setup.config.trial.processes == 1:
+        yield own
+        return
+    known = hosted.weights if setup.pool is not None else {}
+    spread_over_all = SpreadEvaluator(own, models.engine, setup, name=name, folder=folder, known=known)
+    try:
+        yield spread_over_all
+    finally:
+        spread_over_all.close()
+
+
+class SpreadEvaluator:
+    """`bt_ray.evaluation.Evaluator` of this process and others.
+
+    Args:
+        own: Evaluates in this process.
+        engine: Is told what the answers of the others took.
+        setup: What the trial knows.
+        name: The trial's name, for the pool.
+        folder: The trial's folder below the run directory.
+        known: The weights that this process knows, by id.
+    """
+
+    def __init__(
+        self,
+        own: "Evaluator",
+        engine: "ServedEngine",
+        setup: TrialSetup,
+        *,
+        name: str,
+        folder: str,
+        known: Mapping[str, Weights],
+    ) -> None:
+        self._own, self._engine, self._setup, self._known = own, engine, setup, known
+        self._name, self._folder = name, folder
+        self._others: list[Any] = []
+        self._start()
+
+    def scores(self, program: "dspy.Module", examples: "Sequence[dspy.Example]", limits: "Limits") -> "Scores":
+        from bt_ray.evaluation import Scores, stopped
+
+        self._start()
+        parts = spread(examples, 1 + len(self._others))
+        threads = shares(limits.num_threads or self._setup.config.num_threads, len(parts))
+        bounds = [replace(limits, num_threads=share) for share in threads]
+        saved = self._saved(program)
+        try:
+            asked = [
+                other.scores.remote(saved, part, bound)
+                for other, part, bound in zip(self._others, parts[1:], bounds[1:], strict=False)
+            ]
+            found = [self._own.scores(program, parts[0], bounds[0])]
+            for promise in asked:
+                with own_errors():
+                    scores, usage = ray.get(promise)
+                self._engine.add(usage)
+                found.append(scores)
+        except BaseException:
+            self._end()  # what they still evaluate is of no use
+            raise
+        errors = tuple(error for scores in found for error in scores.errors)
+        if len(errors) >= limits.most_errors:
+            raise stopped(limits)
+        return Scores(gathered([scores.of_examples for scores in found]), errors)
+
+    def close(self) -> None:
+        """End the other processes."""
+        with contextlib.suppress(Exception):  # what they did is told already, and they end with the trial anyway
+            ray.wait([other.close.remote() for other in self._others], num_returns=len(self._others), timeout=CLOSE_S)
+        self._end()
+
+    def _start(self) -> None:
+        if not self._others:
+            trial = self._setup.config.trial
+            self._others = [
+                EvaluatingProcess.options(num_cpus=trial.cpus).remote(  # type: ignore[attr-defined]
+                    self._setup, f"{self._name}, process {number}", f"{self._folder}/process-{number}"
+                )
+                for number in range(2, trial.processes + 1)
+            ]
+
+    def _end(self) -> None:
+        for other in self._others:
+            ray.kill(other)
+        self._others = []
+
+    def _saved(self, program: "dspy.Module") -> SavedProgram:
+        from bt_ray.kept_steps import program_state
+        from bt_ray.served_models import api_models_of, weights_of
+
+        weights = weights_of(program)
+        known = {weights_id: self._known[weights_id] for weights_id in weights.values()}
+        return SavedProgram(program_state(program), weights, api_models_of(program), known)
+
+
+def spread(examples: Sequence[T], parts: int) -> list[Sequence[T]]:
+    """The examples in so many parts, as equal as can be, none of them empty."""
+    return [examples[number::parts] for number in range(min(parts, len(examples)))]
+
+
+def gathered(parts: Sequence[Sequence[T]]) -> tuple[T, ...]:
+    """What was found for the examples of each part of `spread`, in the order of the examples."""
+    return tuple(parts[n % len(parts)][n // len(parts)] for n in range(sum(map(len, parts))))
+
+
+def shares(total: int, parts: int) -> list[int]:
+    """A number of threads in so many parts, as equal as can be, of one at least."""
+    return [max(1, total // parts + (number < total % parts)) for number in range(parts)]

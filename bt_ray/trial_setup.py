@@ -1,0 +1,121 @@
+"""What the processes of a trial work with: the task with LMs wired to the pool, DSPy's settings, a folder, a log."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray.actor import ActorHandle
+
+from bt_ray.config import SweepConfig
+from bt_ray.errors import StorageError
+from bt_ray.fingerprint import StepKey
+from bt_ray.node_disk import Scratch
+from bt_ray.storage import Storage, open_storage
+from bt_ray.store import StepStore
+
+if TYPE_CHECKING:
+    from bt_ray.task import TaskFunction
+
+LOG = "log.txt"
+
+
+@dataclass(frozen=True)
+class TrialSetup:
+    """What every trial of a sweep needs to know, under one variant of its settings.
+
+    Attributes:
+        config: The settings.
+        task: The task's spec as a worker resolves it, or its function.
+        run_dir: The location of the sweep's run directory.
+        keys: The key of each step, by prefix.
+        pool: The sweep's server pool; None if all LMs are APIs'.
+        claims: Its step claims.
+    """
+
+    config: SweepConfig
+    task: "str | TaskFunction"
+    run_dir: str
+    keys: Mapping[str, StepKey]
+    pool: "ActorHandle[Any] | None"
+    claims: "ActorHandle[Any]"
+
+    @property
+    def store(self) -> StepStore:
+        return StepStore(open_storage(self.run_dir))
+
+
+@contextmanager
+def student(setup: TrialSetup, holder: str, threads: int) -> Iterator[tuple[Any, Any, Any]]:
+    """The task with LMs, who makes them, and who hosts the models; gives all leases back at the end."""
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # LiteLLM fetches a price list otherwise
+
+    from bt_ray.actors.leased_models import LeasedModels
+    from bt_ray.hosting import FailureLatch, NoModels
+    from bt_ray.lm import ServedEngine
+    from bt_ray.one_core import OneCore
+    from bt_ray.served_models import ServedModels, serving
+    from bt_ray.task import load_task
+
+    config = setup.config
+    none = NoModels("This sweep serves no model.")
+    hosted = LeasedModels(holder, setup.pool, config) if setup.pool is not None else none
+    engine = ServedEngine(
+        hosted,
+        FailureLatch(),
+        retries=config.trial.request_retries,
+        timeout_s=config.server.request_timeout_s,
+        max_connections=max(100, threads),
+        one_core=OneCore(),
+    )
+    models = ServedModels(engine, config)
+    try:
+        with serving(models):
+            task = load_task(setup.task, config.args)
+            models.assign_student(task.program)
+            yield task, models, hosted
+    finally:
+        hosted.close()
+
+
+def dspy_settings(config: SweepConfig) -> dict[str, Any]:
+    """DSPy's settings for evaluations that say nothing else: those of optimizers, and of the testset."""
+    names = ("num_threads", "max_errors", "provide_traceback")
+    return {name: value for name in names if (value := getattr(config, name)) is not None}
+
+
+@contextmanager
+def work_folder(storage: Storage, name: str) -> Iterator[Path]:
+    """A folder to work in: the run directory's own on a filesystem, else a temporary one whose log goes there at the end."""
+    if storage.folder is not None:
+        yield storage.folder / name
+        return
+    with Scratch("trial") as scratch:
+        try:
+            yield scratch.folder
+        finally:
+            if (log := scratch.folder / LOG).exists():
+                with contextlib.suppress(StorageError):  # a log that is lost costs no result
+                    storage.write(f"{name}/{LOG}", log.read_bytes())
+
+
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Send what DSPy and bt_ray log in this process to `path` as well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    loggers = [logging.getLogger("dspy"), logging.getLogger("bt_ray")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        with contextlib.suppress(OSError):  # a log that does not fit on the disk costs no result
+            handler.close()
