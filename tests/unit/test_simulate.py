@@ -1,5 +1,6 @@
 """The simulator and the bounds of the benchmarks: what can be worked out by hand."""
 
+import html
 import itertools
 import math
 import sys
@@ -12,6 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(ROOT / "scripts"))
+from simulate import advice, page, simulated
 from simulation.schedules import best_makespan, lower_bound
 from simulation.sweep import Simulation, Switches, Times
 
@@ -56,6 +58,21 @@ def test_slots_that_are_lost_cost_what_was_under_way_and_nothing_else() -> None:
 def test_slots_that_are_asked_for_as_they_are_wanted_idle_less() -> None:
     grown, held = (Simulation(ALL, 8, EXACT, Switches(grows=grows, idle_timeout_s=20)).run() for grows in (True, False))
     assert grown.slot_seconds < held.slot_seconds
+
+
+def test_the_page_says_what_is_worth_its_slots_at_each_scale() -> None:
+    ways = {"as shipped": Switches(), "grows": Switches(grows=True, idle_timeout_s=20), "slow": Switches(stays_up=False)}
+    outcomes = simulated(ALL, [4, 8], EXACT, ways, seeds=1)
+    said = advice(outcomes)
+    assert [line.partition(":")[0] for line in said] == ["4 slots", "4 slots, grows", "8 slots", "8 slots, grows"]
+    hours = {key: found[0].slot_seconds for key, found in outcomes.items()}
+    saved = hours["grows", 8] / hours["as shipped", 8] - 1
+    assert f"{saved:+.0%} slot hours" in said[-1]
+    shown = page(outcomes, "p & w", price=2.5)
+    assert "<h1>p &amp; w</h1>" in shown
+    assert all(f"<li>{html.escape(line)}</li>" in shown for line in said)
+    assert "makespan / bound" in shown
+    assert "cost" in shown
 
 
 def all_steps() -> list[str]:
