@@ -14,6 +14,7 @@ names a run directory to measure, or an option gives one. Beside the makespan st
 import argparse
 import html
 import io
+import itertools
 import json
 import statistics
 import time
@@ -160,14 +161,18 @@ PLOTTED: dict[str, tuple[str, float]] = {
 def page(outcomes: Mapping[tuple[str, int], Sequence[Outcome]], title: str, price: float | None) -> str:
     """An HTML page that needs nothing else: what the outcomes say to do, plots by slots, and the table."""
     from plotly import graph_objects
+    from plotly.colors import qualitative
     from plotly.subplots import make_subplots
 
     figure = make_subplots(rows=2, cols=2, subplot_titles=[heading for heading, _ in PLOTTED.values()])
-    for name in dict.fromkeys(name for name, _ in outcomes):
+    colors = itertools.cycle(qualitative.Dark24)
+    for name, color in zip(dict.fromkeys(name for name, _ in outcomes), colors, strict=False):
         points = {slots: found for (n, slots), found in outcomes.items() if n == name}
         for number, (what, (_, unit)) in enumerate(PLOTTED.items()):
             y = [middle(found, what) * unit for found in points.values()]
-            trace = graph_objects.Scatter(x=list(points), y=y, name=name, legendgroup=name, showlegend=number == 0)
+            trace = graph_objects.Scatter(
+                x=list(points), y=y, name=name, legendgroup=name, showlegend=number == 0, line_color=color
+            )
             figure.add_trace(trace, row=1 + number // 2, col=1 + number % 2)
     figure.update_xaxes(type="log", title="slots")
     figure.update_layout(height=800)

@@ -71,7 +71,7 @@ def test_the_page_says_what_is_worth_its_slots_at_each_scale() -> None:
     shown = page(outcomes, "p & w", price=2.5)
     assert "<h1>p &amp; w</h1>" in shown
     assert all(f"<li>{html.escape(line)}</li>" in shown for line in said)
-    assert "makespan / bound" in shown
+    assert "idle share of the slots" in shown
     assert "cost" in shown
 
 
