@@ -49,7 +49,7 @@ class ServerConfig(BaseModel):
     cpus: float = Field(1, gt=0)
     """CPU cores that Ray reserves for each slot."""
     threads: int | None = Field(None, ge=1)
-    """Compute threads of vLLM and of training on CPU. Default: `cpus`, at least 1."""
+    """Compute threads of vLLM and of training on CPU, which takes idle cores too. Default: `cpus`, at least 1."""
     start_timeout_s: float = Field(900, gt=0)
     """Seconds that a server may take until it is healthy."""
     request_timeout_s: float = Field(600, gt=0)

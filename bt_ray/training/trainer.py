@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from bt_ray.training.batches import BatchesByLength, worth_sorting
+from bt_ray.training.cores import IdleCores
 from bt_ray.training.job import CHECKPOINT_MANIFEST, CHECKPOINTS, TrainJob
 
 IGNORED = -100
@@ -205,7 +206,11 @@ def make_trainer(
         train_dataset=Dataset.from_list(conversations),
         processing_class=tokenizer,
         peft_config=_lora(job) if job.config.method == "lora" and job.parent.on is None else None,
-        callbacks=[_Progress(job.progress_file), _Checkpoints(job.config.checkpoint_every_s)],
+        callbacks=[
+            _Progress(job.progress_file),
+            _Checkpoints(job.config.checkpoint_every_s),
+            *([] if job.gpus else [IdleCores(job.threads)]),
+        ],
     )
 
 
