@@ -135,7 +135,11 @@ class _Sweep:
             if not self.untested(result):
                 self.keep(result)
                 return result
-        with connected(address, self.tell) as own, self.pool(own) as pool, step_claims(done, first_fence) as claims:
+        with (
+            connected(address, self.tell) as own,
+            self.pool(own, finished) as pool,
+            step_claims(done, first_fence) as claims,
+        ):
             setups = self.setups(pool, claims)
             with watched(pool, self.store.storage, self.tell) if pool is not None else nullcontext():
                 errors = {} if complete else self.computed(finished, setups)
@@ -173,12 +177,13 @@ class _Sweep:
         before = [prefix for prefix in finished if prefix not in walked | parents]
         return [*self.trials, *(Trial(len(self.trials) + number, prefix) for number, prefix in enumerate(before) if prefix)]
 
-    def pool(self, own: bool) -> AbstractContextManager[Any]:
+    def pool(self, own: bool, finished: Mapping[str, Mapping[str, FinishedStep]]) -> AbstractContextManager[Any]:
         """The pool of model servers; none where all LMs are APIs'."""
-        if not self.checked.bases:
-            return nullcontext()
         checked = self.checked
-        return opened_pool(self.config, self.run_dir, checked.models_at_once, checked.asked_first, own, self.tell)
+        if not checked.bases:
+            return nullcontext()
+        first = checked.asked_first if any(BASELINE not in steps for steps in finished.values()) else {}
+        return opened_pool(self.config, self.run_dir, checked.models_at_once, first, own, self.tell)
 
     def setups(self, pool: Any, claims: Any) -> "dict[str, TrialSetup]":
         """What trials need to know, by variant."""

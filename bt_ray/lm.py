@@ -21,7 +21,6 @@ from bt_ray.config import LMConfig
 from bt_ray.errors import InfrastructureError, ServerError, TaskError
 from bt_ray.failures import is_lost_answer, is_refusal
 from bt_ray.hosting import FailureLatch, Models
-from bt_ray.one_core import OneCore
 from bt_ray.serving.server import Endpoint
 from bt_ray.weights import Weights
 
@@ -98,18 +97,10 @@ class ServedEngine:
         retries: How often a request is repeated after its server was lost and is served again.
         timeout_s: Seconds that one request may take.
         max_connections: Requests in flight.
-        one_core: Decides where this process runs. None where it is not the sweep's own.
     """
 
     def __init__(
-        self,
-        models: Models,
-        latch: FailureLatch | None,
-        *,
-        retries: int,
-        timeout_s: float,
-        max_connections: int,
-        one_core: OneCore | None = None,
+        self, models: Models, latch: FailureLatch | None, *, retries: int, timeout_s: float, max_connections: int
     ) -> None:
         self.models = models
         self.latch = latch
@@ -120,7 +111,6 @@ class ServedEngine:
         self._timeout_s = timeout_s
         self._max_connections = max_connections
         self._clients: dict[Endpoint, LM15Engine] = {}
-        self._one_core = one_core
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -135,8 +125,6 @@ class ServedEngine:
         """
         if self.latch is not None:
             self.latch.check()
-        if self._one_core is not None:
-            self._one_core.look()
         weights_id = request.model.removeprefix(MODEL_PREFIX)
         try:
             response = self._answered(request, weights_id)

@@ -5,11 +5,11 @@ next. It knows no Ray, no clock and no process; `bt_ray.actors.server_pool` carr
 
 A lease is shared, for requests to given weights, or exclusive, for a training. Leases are granted in the order in which
 they were asked for, except that one which is no burden to those before it need not wait for them. The preference is: a free
-server that serves the weights already; a free one with the same base (a swap); one with no model in it (a start); growth
-up to the limit; a free one with another base (a relaunch); sharing; else a server whose turn is over is taken back from
-its shared leases, between two requests, so that nobody waits for ever. Where fine-tunes are adapters a server serves their
-base and several of them, so leases for different weights share it too. A model may have slots of its own; then all of this
-holds among its servers, and among those of all other models.
+server that serves the weights already; a free one with the same base (a swap); one that is being started with them, for
+nobody yet; one with no model in it (a start); growth up to the limit; a free one with another base (a relaunch); sharing;
+else a server whose turn is over is taken back from its shared leases, between two requests, so that nobody waits for ever.
+Where fine-tunes are adapters a server serves their base and several of them, so leases for different weights share it too.
+A model may have slots of its own; then all of this holds among its servers, and among those of all other models.
 """
 
 from collections import Counter
@@ -350,11 +350,18 @@ class Placement:
         base = ask.weights.base
         return (
             _first([server for server in among.free if server.serves(ask.weights)], worth)
-            or _first([s for s in among.free if s.base in (None, base)], lambda s: (s.base is None, *worth(s)))
+            or _first([server for server in among.free if server.base == base], worth)
+            or _first(self._started_ahead(ask, among), worth)
+            or _first([server for server in among.free if server.base is None], worth)
             or (_first([s for s in among.free if s.base not in (None, base)], worth) if impatient else None)
             or _first(self._shareable(ask, among), lambda server: (len(server.leases), server.number))
             or _first_to_take_back(turn_over, ask)
         )
+
+    def _started_ahead(self, ask: Ask, among: "_Candidates") -> list[Server]:
+        """Servers that are being brought to the weights already, for nobody."""
+        serving = among.serving.get(ask.weights.id, [])
+        return [server for server in serving if server.state is State.CHANGING and not server.leases]
 
     def _shareable(self, ask: Ask, among: "_Candidates") -> list[Server]:
         roomy = [server for server in among.by_base.get(ask.weights.base, []) if self._has_room(server, ask.weights)]

@@ -57,7 +57,7 @@ def student(setup: TrialSetup, holder: str, threads: int) -> Iterator[tuple[Any,
     from bt_ray.actors.leased_models import LeasedModels
     from bt_ray.hosting import FailureLatch, NoModels
     from bt_ray.lm import ServedEngine
-    from bt_ray.one_core import OneCore
+    from bt_ray.one_core import one_core
     from bt_ray.served_models import ServedModels, serving
     from bt_ray.task import load_task
 
@@ -70,11 +70,10 @@ def student(setup: TrialSetup, holder: str, threads: int) -> Iterator[tuple[Any,
         retries=config.trial.request_retries,
         timeout_s=config.server.request_timeout_s,
         max_connections=max(100, threads),
-        one_core=OneCore(),
     )
     models = ServedModels(engine, config)
     try:
-        with serving(models):
+        with one_core(), serving(models):
             task = load_task(setup.task, config.args)
             models.assign_student(task.program)
             yield task, models, hosted

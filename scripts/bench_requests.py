@@ -13,17 +13,20 @@ cache is on, and empty: each answer is written to it.
 
 import argparse
 import contextlib
+import cProfile
 import http.client
 import io
 import itertools
 import json
 import logging
 import os
+import pstats
 import statistics
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,7 +43,7 @@ from support.scripted_model import write_model  # noqa: E402
 from support.slot_models import SlotModels  # noqa: E402
 
 from bt_ray.config import make_config  # noqa: E402
-from bt_ray.one_core import OneCore, keep_on  # noqa: E402
+from bt_ray.one_core import one_core  # noqa: E402
 from bt_ray.serving.server import Endpoint  # noqa: E402
 
 
@@ -58,6 +61,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, help="of each measurement (default: 1000, or 96 of vLLM)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--processes", type=int, nargs="*", default=[1, 2], help="of the sweeps' trials (default: 1 2)")
+    parser.add_argument("--profile", action="store_true", help="also show what one thread's time goes into")
     options = parser.parse_args()
     count = options.requests or (96 if options.model else 1000)
     logging.getLogger("dspy").setLevel(logging.ERROR)
@@ -67,13 +71,13 @@ def main() -> None:
         ways: dict[str, Callable[[], float]] = {
             "raw closed loop": lambda: raw(endpoint, bodies, options.in_flight),
             'dspy.Evaluate, engine="lm15"': lambda: evaluated(of_lm15(endpoint), count, options.in_flight),
-            "dspy.Evaluate, a sweep's LM": lambda: evaluated(lm, count, options.in_flight),
+            "dspy.Evaluate, a sweep's LM": lambda: as_in_a_sweep(lm, count, options.in_flight),
         }
-        cores = os.sched_getaffinity(0)
         rates: dict[str, list[float]] = {way: [] for way in ways}
         for _, (way, measure) in itertools.product(range(options.repeats), ways.items()):
-            keep_on(cores)
             rates[way].append(count / measure())
+        if options.profile:
+            print_profile(lm, count)
     reference = statistics.median(rates["raw closed loop"])
     print(f"{count} requests, {options.in_flight} in flight, medians of {options.repeats}")
     for way, found in rates.items():
@@ -94,12 +98,42 @@ def served(model: Path | None, folder: Path) -> Any:
     else:
         values |= {"model": str(model.resolve()), "server": {"threads": os.cpu_count(), "max_model_len": 2048}}
     models = SlotModels(make_config(values), folder)
-    lm = models.lm(OneCore())
+    lm = models.lm()
     lm.cache = False
     try:
         yield models, lm
     finally:
         models.close()
+
+
+PARTS = {
+    "dspy/_vendor": "the HTTP client that DSPy brings along (lm15)",
+    "dspy/adapters": "DSPy's adapter: prompt and answer",
+    "dspy/clients": "DSPy's LM: request, usage, history",
+    "dspy": "the rest of DSPy",
+    "pydantic": "pydantic",
+    "bt_ray": "bt_ray",
+    "/json/": "JSON",
+    "socket": "waiting for the server, and the sockets",
+}
+"""What functions are part of, by what is in their file's path, or in their name where they have none; the first counts."""
+
+
+def print_profile(lm: dspy.LM, count: int) -> None:
+    """Print what an answer's time goes into, where one thread asks for one after the other."""
+    program, adapter = dspy.Predict(Double), dspy.ChatAdapter(use_json_adapter_fallback=False)
+    program.set_lm(lm)
+    profile = cProfile.Profile()
+    with dspy.context(adapter=adapter), profile:
+        for number in range(count):
+            program(question=f"number {number}")
+    spent: Counter[str] = Counter()
+    for (file, _, name), (_, _, own_time, _, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
+        where = name if file == "~" else file
+        spent[next((part for found, part in PARTS.items() if found in where), "Python itself")] += own_time
+    print(f"One thread, {1000 * sum(spent.values()) / count:.2f} ms an answer while profiled:")
+    for part, seconds in spent.most_common():
+        print(f"  {seconds / sum(spent.values()):4.0%}  {part}")
 
 
 def spread(processes: list[int], count: int, in_flight: int, repeats: int) -> None:
@@ -174,6 +208,13 @@ def raw(endpoint: Endpoint, bodies: list[bytes], in_flight: int) -> float:
         began = time.monotonic()
         list(threads.map(ask, bodies))
         return time.monotonic() - began
+
+
+def as_in_a_sweep(lm: dspy.LM, count: int, in_flight: int) -> float:
+    """Seconds of an evaluation in a process that is looked after as a trial's."""
+    with one_core():
+        evaluated(lm, count // 4, in_flight)  # a trial's process has done this and that before
+        return evaluated(lm, count, in_flight)
 
 
 def evaluated(lm: dspy.LM, count: int, in_flight: int) -> float:

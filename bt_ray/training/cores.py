@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from transformers import TrainerCallback
 
 MOST_THREADS = 16
 """Beyond which a model that is trained on CPU gains nothing."""
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+QUOTAS = (Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"))
+NO_LIMIT = ("max", "-1")
 IDLE = 0.75
 """Of a core, from where it counts as free."""
 CONTENDED = 0.3
@@ -19,7 +21,7 @@ CONTENDED = 0.3
 
 
 class IdleCores(TrainerCallback):  # type: ignore[misc]
-    """Decides after each step how many threads compute the next. What a step gives does not depend on it.
+    """Decides after each step how many threads compute the next. In a container with a limit of CPU time it stays at `own`.
 
     Args:
         own: Threads that the training has in any case.
@@ -27,11 +29,12 @@ class IdleCores(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, own: int) -> None:
         self._own = own
-        self._most = max(own, min(usable_cores(), MOST_THREADS))
-        self._then = _reading()
+        self._cores = allowed_cores()
+        self._most = own if has_quota() else max(own, min(len(self._cores), MOST_THREADS))
+        self._then = _reading(self._cores)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        now = _reading()
+        now = _reading(self._cores)
         seconds, used, idle = (after - before for after, before in zip(now, self._then, strict=True))
         self._then = now
         threads = torch.get_num_threads()
@@ -56,13 +59,18 @@ def threads_for(threads: int, own: int, most: int, *, used: float, idle: float) 
     return min(most, threads + int(idle + 1 - IDLE))
 
 
-def usable_cores() -> int:
-    """The cores that this process may use at once, its container's limit included."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = CPU_QUOTA.read_text().partition(" ") if CPU_QUOTA.exists() else ("max", "", "")
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+def allowed_cores() -> list[int]:
+    """The cores that this process may run on."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
-def _reading() -> tuple[float, float, float]:
-    """The time, the CPU time of this process, and the time that all cores were idle, in seconds."""
-    return time.monotonic(), time.process_time(), psutil.cpu_times().idle
+def has_quota() -> bool:
+    """Whether the container has a limit of CPU time, of which the machine's idle cores say nothing."""
+    limits = [file.read_text().split()[0] for file in QUOTAS if file.exists()]
+    return any(limit not in NO_LIMIT for limit in limits)
+
+
+def _reading(cores: Sequence[int]) -> tuple[float, float, float]:
+    """The time, the CPU time of this process, and the time that these cores were idle, in seconds."""
+    by_core = psutil.cpu_times(percpu=True)
+    return time.monotonic(), time.process_time(), sum(by_core[core].idle for core in cores if core < len(by_core))

@@ -8,7 +8,6 @@ from bt_ray.config import SweepConfig, override_train
 from bt_ray.hosting import Conversation, FailureLatch
 from bt_ray.lm import ServedEngine, ServedLM, served_lm
 from bt_ray.local_models import LocalModels
-from bt_ray.one_core import OneCore
 from bt_ray.storage import open_storage
 from bt_ray.weights import Weights, base_weights
 
@@ -31,6 +30,6 @@ class SlotModels(LocalModels):
         self._weights[trained.id] = trained
         return trained
 
-    def lm(self, one_core: OneCore | None = None) -> ServedLM:
-        engine = ServedEngine(self, FailureLatch(), retries=1, timeout_s=30, max_connections=100, one_core=one_core)
+    def lm(self) -> ServedLM:
+        engine = ServedEngine(self, FailureLatch(), retries=1, timeout_s=30, max_connections=100)
         return served_lm(self.base, engine, self._config.lm)

@@ -1,62 +1,86 @@
-"""Where a process that asks for answers runs: on one core while its threads take turns, else on all."""
+"""Where a process runs: on one core while its threads take turns by Python's lock, else on all."""
 
 import os
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+import time
 
 import pytest
+from support.processes import wait_for
 
-from bt_ray.one_core import LOOK_S, OneCore, current_core, keep_on
+from bt_ray.one_core import LOOK_S, RECONSIDER_S, Decision, keep_on, one_core, running_core
 
 ALL = os.sched_getaffinity(0)
-pytestmark = pytest.mark.skipif(len(ALL) < 2, reason="there is one core")
+several_cores = pytest.mark.skipif(len(ALL) < 2, reason="there is one core")
 
 
-@pytest.fixture(autouse=True)
-def all_cores_again() -> Iterator[None]:
-    yield
-    keep_on(ALL)
-
-
-class Process:
-    """This process, as if it had used its cores at a rate that is set by hand."""
-
-    def __init__(self) -> None:
-        self._now = self._used = 0.0
-        self._one_core = OneCore(lambda: self._now, lambda: self._used)
-
-    def after(self, rate: float, seconds: float = LOOK_S) -> set[int]:
-        """The cores that it may use then."""
-        self._now += seconds
-        self._used += rate * seconds
-        self._one_core.look()
-        return os.sched_getaffinity(0)
+def decisions(*rates: float) -> list[bool]:
+    """What is decided of a process that uses its cores at these rates, from look to look."""
+    decision, now, used, decided = Decision(), 0.0, 0.0, []
+    for rate in rates:
+        now, used = now + LOOK_S, used + rate * LOOK_S
+        decision.on_one = decision.after(now, used)
+        decided.append(decision.on_one)
+    return decided
 
 
 def test_a_process_whose_threads_take_turns_is_on_one_core_until_it_has_less_to_do() -> None:
-    process, seen, wake = Process(), [], threading.Event()
-    waiting = threading.Thread(target=lambda: (wake.wait(), seen.append(os.sched_getaffinity(0))))
-    waiting.start()
-    (core,) = process.after(0.95)
-    assert core in ALL
-    wake.set()
-    waiting.join()
-    assert seen == [{core}], "all its threads are"
-    assert process.after(1.0) == {core}
-    assert process.after(0.5) == ALL, "it has less to do, or others are on that core"
-    (_,) = process.after(0.7)
+    assert decisions(0.95, 1.0, 0.7, 0.5, 0.3, 0.7) == [True, True, True, False, False, True]
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5, 1.6])
 def test_a_process_that_waits_or_computes_at_once_keeps_all_cores(rate: float) -> None:
-    process = Process()
-    assert [process.after(rate) for _ in range(3)] == [ALL] * 3
+    assert decisions(*[rate] * 3) == [False] * 3
 
 
-def test_nothing_is_decided_between_two_looks() -> None:
-    assert Process().after(0.9, LOOK_S / 2) == ALL
+def test_on_one_core_it_is_looked_now_and_then_at_what_it_does_with_all() -> None:
+    looks = int(RECONSIDER_S / LOOK_S)
+    assert decisions(*[1.0] * (looks + 2)) == [True] * looks + [False, True]
+    assert decisions(*[1.0] * (looks + 1), 1.8, 1.8)[-3:] == [False] * 3
 
 
-def test_the_current_core_is_the_one_that_is_allowed() -> None:
-    keep_on({max(ALL)})
-    assert current_core() == max(ALL)
+@several_cores
+def test_all_threads_are_kept_on_one_core_and_what_they_start_is_on_all() -> None:
+    seen: dict[str, set[int]] = {}
+    stop = threading.Event()
+
+    def compute() -> None:
+        while not stop.is_set() and len(os.sched_getaffinity(0)) > 1:
+            sum(range(10_000))
+        seen["thread"] = os.sched_getaffinity(0)
+        code = "import os; print(sorted(os.sched_getaffinity(0)))"
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        seen["child"] = set(map(int, said.strip()[1:-1].split(",")))
+
+    with one_core():
+        thread = threading.Thread(target=compute)
+        thread.start()
+        for _ in range(600):
+            if not thread.is_alive():
+                break
+            time.sleep(0.1)
+        stop.set()
+        thread.join()
+    assert len(seen["thread"]) == 1
+    assert seen["child"] == ALL
+    assert os.sched_getaffinity(0) == ALL, "afterwards"
+
+
+@several_cores
+def test_the_core_is_one_on_which_a_thread_computes() -> None:
+    stop = threading.Event()
+
+    def compute() -> None:
+        os.sched_setaffinity(0, {max(ALL)})
+        while not stop.is_set():
+            sum(range(10_000))
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    try:
+        wait_for("the thread to be seen", lambda: running_core() == max(ALL))
+    finally:
+        stop.set()
+        thread.join()
+        keep_on(ALL)

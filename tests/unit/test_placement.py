@@ -224,6 +224,20 @@ def test_what_all_ask_for_at_first_is_started_before_they_ask_in_one_server_and_
     assert placement.decide(4) == []
 
 
+def test_who_asks_first_gets_the_server_that_was_started_ahead() -> None:
+    placement = Placement({"": Policy(limit=2)}, {"": A})
+    for _ in range(2):
+        placement.placed(placement.grow(0).number, 0)
+    placement.decide(0)
+    first, second = (Ask(number, "x", A, False, number) for number in (1, 2))
+    placement.asked(first)
+    assert placement.decide(1) == [], "not a start of the other one"
+    placement.asked(second)
+    assert placement.decide(2) == [Serve(1, A)], "which is for the next"
+    placement.served(0, 3)
+    assert placement.decide(3) == [Grant(first, 0)]
+
+
 def test_a_server_that_would_end_with_the_first_training_is_not_started_ahead_but_for_the_first() -> None:
     pool = Pool(first=A, limit=2, stays_up=False)
     for _ in range(2):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bt_ray.training import cores
-from bt_ray.training.cores import threads_for, usable_cores
+from bt_ray.training.cores import allowed_cores, has_quota, threads_for
 
 
 def test_a_training_takes_an_idle_core_and_gives_it_back_when_somebody_wants_it() -> None:
@@ -29,9 +29,18 @@ def test_it_has_its_own_threads_in_any_case_and_never_more_than_the_most(
     assert own <= threads_for(threads, own, most, used=used, idle=idle) <= most
 
 
-@pytest.mark.parametrize(("quota", "allowed"), [("max 100000", 99), ("50000 100000", 1), ("250000 100000", 2)])
-def test_a_containers_limit_counts(quota: str, allowed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "cpu.max").write_text(f"{quota}\n")
-    monkeypatch.setattr(cores, "CPU_QUOTA", tmp_path / "cpu.max")
-    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda pid: set(range(99)), raising=False)
-    assert usable_cores() == allowed
+@pytest.mark.parametrize(
+    ("limit", "limited"), [("max 100000", False), ("-1", False), ("250000 100000", True), ("50000", True)]
+)
+def test_a_container_with_a_limit_is_known(
+    limit: str, limited: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "limit").write_text(f"{limit}\n")
+    monkeypatch.setattr(cores, "QUOTAS", (tmp_path / "limit", tmp_path / "missing"))
+    assert has_quota() == limited
+
+
+def test_idle_cores_are_read_of_those_that_are_allowed() -> None:
+    everything, nothing = cores._reading(allowed_cores()), cores._reading([])
+    assert everything[2] > 0
+    assert nothing[2] == 0
