@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
@@ -20,12 +19,10 @@ from typing import Any, Protocol
 import dspy
 from dspy.teleprompt.bootstrap_finetune import FinetuneTeleprompter
 from dspy.teleprompt.teleprompt import Teleprompter
-from dspy.utils.callback import BaseCallback
 
 from bt_ray.errors import InfrastructureFailure, TaskError
-from bt_ray.evaluation import Evaluator, Limits, Scores
-from bt_ray.failures import Side, is_lost_answer, side_of
-from bt_ray.hosting import FailureLatch
+from bt_ray.evaluation import Evaluator, Limits, LostAnswers, Scores
+from bt_ray.failures import Side, side_of
 from bt_ray.lm import STEP_SETTING, EmptyTrainingSet, ServedEngine, student_lm
 from bt_ray.results import StepFailure, failure_of
 from bt_ray.strategy import BASELINE, SEPARATOR
@@ -251,27 +248,6 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
 
     def _context(self, prefix: str, lm: dspy.LM) -> StepContext:
         return StepContext(prefix=prefix, seed=step_seed(self._seed, prefix), scratch_dir=self._scratch_dir(prefix), lm=lm)
-
-
-class LostAnswers(BaseCallback):  # type: ignore[misc]
-    """Tells the latch of each answer that was lost to an optimizer: DSPy's go on, as if its proposal or program were bad.
-
-    Only the outermost of DSPy's calls is looked at: a program may well go on without an answer that it asked for itself.
-    """
-
-    def __init__(self, latch: FailureLatch) -> None:
-        self._latch = latch
-        self._depth: ContextVar[int] = ContextVar("depth", default=0)
-
-    def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        self._depth.set(self._depth.get() + 1)
-
-    def on_module_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
-        self._depth.set(self._depth.get() - 1)
-        if self._depth.get() == 0 and isinstance(exception, Exception) and is_lost_answer(exception):
-            self._latch.trip(exception)
-
-    on_lm_start, on_lm_end = on_module_start, on_module_end
 
 
 def refuse_optimizer_that_mixes_lms(optimizer: Teleprompter, student: dspy.Module) -> None:

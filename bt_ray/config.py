@@ -216,8 +216,8 @@ class TrialConfig(Section):
     cpus: float = Field(0.1, gt=0)
     """CPU cores that Ray reserves for each process of a trial."""
     processes: int = Field(1, ge=1)
-    """Processes that share each evaluation on the valset or the testset. One asks up to about a thousand times a second;
-    more are of use where servers answer faster than that, or a metric computes long."""
+    """Processes that share each evaluation on the valset or the testset, each with a lease of its own. One asks up to about
+    a thousand times a second; more are of use where servers answer faster than that, or a metric computes long."""
     max_concurrent: int | None = Field(None, ge=1)
     """Trials at a time. Default: two for each server of the program's models, of which one may wait for a step that another
     computes; all where no model is served."""

@@ -1,10 +1,12 @@
 """Evaluations of programs by DSPy, in one process: the metric's value for each example, and what was raised for it."""
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import dspy
+from dspy.utils.callback import BaseCallback
 
 from bt_ray.errors import TaskError
 from bt_ray.failures import is_lost_answer
@@ -85,8 +87,10 @@ class LocalEvaluator:
             display_progress=False,
             provide_traceback=limits.provide_traceback,
         )
+        others = [callback for callback in dspy.settings.callbacks if not isinstance(callback, LostAnswers)]
         try:
-            with dspy.context(lm=self._ambient_lm):  # a metric that asks a model must not be judged by the student
+            # A metric that asks a model must not be judged by the student.
+            with dspy.context(lm=self._ambient_lm, callbacks=[*others, LostAnswers(self._latch)]):
                 result = evaluate(told(program, self._latch, errors))
         except Exception as error:
             self._latch.check()
@@ -112,6 +116,27 @@ def told(call: Callable[..., Any], latch: FailureLatch, errors: list[str]) -> Ca
             raise
 
     return called
+
+
+class LostAnswers(BaseCallback):  # type: ignore[misc]
+    """Tells the latch of each answer that was lost to an optimizer: DSPy's go on, as if its proposal or program were bad.
+
+    Only the outermost of DSPy's calls is looked at: a program may well go on without an answer that it asked for itself.
+    """
+
+    def __init__(self, latch: FailureLatch) -> None:
+        self._latch = latch
+        self._depth: ContextVar[int] = ContextVar("depth", default=0)
+
+    def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        self._depth.set(self._depth.get() + 1)
+
+    def on_module_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+        self._depth.set(self._depth.get() - 1)
+        if self._depth.get() == 0 and isinstance(exception, Exception) and is_lost_answer(exception):
+            self._latch.trip(exception)
+
+    on_lm_start, on_lm_end = on_module_start, on_module_end
 
 
 def stopped(limits: Limits, error: Exception | None = None) -> TaskError:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 
-from bt_ray.actors.calls import own_errors
 from bt_ray.errors import InfrastructureError, InfrastructureFailure
 from bt_ray.trial_setup import LOG, TrialSetup, dspy_settings, log_file, student, work_folder
 from bt_ray.weights import Weights
@@ -21,7 +20,8 @@ if TYPE_CHECKING:
     import dspy
 
     from bt_ray.evaluation import Evaluator, Limits, Scores
-    from bt_ray.lm import ServedEngine, Usage
+    from bt_ray.lm import Usage
+    from bt_ray.served_models import ServedModels
 
 T = TypeVar("T")
 CLOSE_S = 10.0
@@ -43,6 +43,25 @@ class SavedProgram:
     weights: Mapping[str, str]
     api_models: Mapping[str, str]
     known: Mapping[str, Weights]
+
+    @classmethod
+    def of(cls, program: "dspy.Module", known: Mapping[str, Weights]) -> "SavedProgram":
+        from bt_ray.kept_steps import program_state
+        from bt_ray.served_models import api_models_of, weights_of
+
+        weights = weights_of(program)
+        used = {weights_id: known[weights_id] for weights_id in weights.values()}
+        return cls(program_state(program), weights, api_models_of(program), used)
+
+    def rebuilt(self, task_program: "dspy.Module", models: "ServedModels") -> "dspy.Module":
+        """The program, from the one that the task gives."""
+        from bt_ray.kept_steps import load_state
+        from bt_ray.served_models import assign_versions
+
+        program = task_program.deepcopy()
+        assign_versions(program, self.weights, self.api_models, models, self.known.__getitem__)
+        load_state(program, self.state)
+        return program
 
 
 @ray.remote
@@ -76,13 +95,9 @@ class EvaluatingProcess:
         """
         import dspy
 
-        from bt_ray.kept_steps import load_state
         from bt_ray.lm import STEP_SETTING
-        from bt_ray.served_models import assign_versions
 
-        engine, program = self._models.engine, self._program.deepcopy()
-        assign_versions(program, saved.weights, saved.api_models, self._models, saved.known.__getitem__)
-        load_state(program, saved.state)
+        engine, program = self._models.engine, saved.rebuilt(self._program, self._models)
         engine.latch.release()
         self._evaluations += 1
         engine.step, before = str(self._evaluations), engine.usage
@@ -122,7 +137,7 @@ def opened_evaluator(
         yield own
         return
     known = hosted.weights if setup.pool is not None else {}
-    spread_over_all = SpreadEvaluator(own, models.engine, setup, name=name, folder=folder, known=known)
+    spread_over_all = SpreadEvaluator(own, task.program, models, setup, name=name, folder=folder, known=known)
     try:
         yield spread_over_all
     finally:
@@ -134,7 +149,8 @@ class SpreadEvaluator:
 
     Args:
         own: Evaluates in this process.
-        engine: Is told what the answers of the others took.
+        program: The task's, with LMs assigned; it is copied.
+        models: Makes the LMs of its versions; its engine is told what the answers of the others took.
         setup: What the trial knows.
         name: The trial's name, for the pool.
         folder: The trial's folder below the run directory.
@@ -144,14 +160,16 @@ class SpreadEvaluator:
     def __init__(
         self,
         own: "Evaluator",
-        engine: "ServedEngine",
+        program: "dspy.Module",
+        models: "ServedModels",
         setup: TrialSetup,
         *,
         name: str,
         folder: str,
         known: Mapping[str, Weights],
     ) -> None:
-        self._own, self._engine, self._setup, self._known = own, engine, setup, known
+        self._own, self._models, self._setup, self._known = own, models, setup, known
+        self._program = program.deepcopy()
         self._name, self._folder = name, folder
         self._others: list[Any] = []
         self._start()
@@ -163,17 +181,17 @@ class SpreadEvaluator:
         parts = spread(examples, 1 + len(self._others))
         threads = shares(limits.num_threads or self._setup.config.num_threads, len(parts))
         bounds = [replace(limits, num_threads=share) for share in threads]
-        saved = self._saved(program)
+        saved = SavedProgram.of(program, self._known)
+        own = saved.rebuilt(self._program, self._models)  # what is not in the state would be evaluated here alone
         try:
             asked = [
                 other.scores.remote(saved, part, bound)
                 for other, part, bound in zip(self._others, parts[1:], bounds[1:], strict=False)
             ]
-            found = [self._own.scores(program, parts[0], bounds[0])]
+            found = [self._own.scores(own, parts[0], bounds[0])]
             for promise in asked:
-                with own_errors():
-                    scores, usage = ray.get(promise)
-                self._engine.add(usage)
+                scores, usage = _answer(promise)
+                self._models.engine.add(usage)
                 found.append(scores)
         except BaseException:
             self._end()  # what they still evaluate is of no use
@@ -204,13 +222,13 @@ class SpreadEvaluator:
             ray.kill(other)
         self._others = []
 
-    def _saved(self, program: "dspy.Module") -> SavedProgram:
-        from bt_ray.kept_steps import program_state
-        from bt_ray.served_models import api_models_of, weights_of
 
-        weights = weights_of(program)
-        known = {weights_id: self._known[weights_id] for weights_id in weights.values()}
-        return SavedProgram(program_state(program), weights, api_models_of(program), known)
+def _answer(promise: Any) -> Any:
+    """What another process found; what it raised is raised as it was there. Ray's own errors say that it is lost."""
+    try:
+        return ray.get(promise)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
 
 
 def spread(examples: Sequence[T], parts: int) -> list[Sequence[T]]:

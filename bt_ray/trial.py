@@ -5,6 +5,7 @@ strategy, keeps each step's program and reports each step's score.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -13,6 +14,9 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.util import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from bt_ray.actors.metrics import TrialMetrics
 from bt_ray.errors import BtRayError, InfrastructureError, InfrastructureFailure
@@ -24,6 +28,7 @@ from bt_ray.store import FinishedStep
 from bt_ray.strategy import BASELINE, SEPARATOR
 from bt_ray.trial_setup import LOG, TrialSetup, dspy_settings, log_file, student, work_folder
 
+logger = logging.getLogger(__name__)
 FAILURE_FILE, SCRATCH = "failure.json", "scratch"
 
 
@@ -126,24 +131,35 @@ def tested(candidates: Mapping[str, tuple[TrialSetup, Candidate]], at_once: int)
         BtRayError: An evaluation was lost, after all others came.
     """
     waiting = list(candidates.items())
-    running: dict[Any, tuple[str, Any]] = {}
+    running: dict[Any, tuple[str, Any, PlacementGroup]] = {}
     lost: BtRayError | None = None
     while waiting or running:
         while waiting and len(running) < at_once:
             name, (setup, candidate) = waiting.pop(0)
-            options = {"num_cpus": setup.config.trial.cpus, "max_restarts": setup.config.trial.max_failures}
-            evaluation = TestEvaluation.options(**options).remote()  # type: ignore[attr-defined]
-            running[evaluation.score.remote(setup, candidate)] = (name, evaluation)
+            evaluation, room = _placed(setup)
+            running[evaluation.score.remote(setup, candidate)] = (name, evaluation, room)
         (done,), _ = ray.wait(list(running))
-        name, _ = running.pop(done)
+        name, _, room = running.pop(done)
         try:
             scores: Tested = ray.get(done)
-            yield name, scores
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None)
             lost = cause if isinstance(cause, BtRayError) else InfrastructureError(f"A test was lost: {error}")
+        else:
+            yield name, scores
+        finally:
+            remove_placement_group(room)
     if lost is not None:
         raise lost
+
+
+def _placed(setup: TrialSetup) -> tuple[Any, PlacementGroup]:
+    """An actor for a test, and the room for all its processes, as Ray Tune makes it for a trial."""
+    trial = setup.config.trial
+    room = placement_group([{"CPU": trial.cpus}] * trial.processes)
+    where = PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=0, placement_group_capture_child_tasks=True)
+    options = {"num_cpus": trial.cpus, "max_restarts": trial.max_failures, "scheduling_strategy": where}
+    return TestEvaluation.options(**options).remote(), room  # type: ignore[attr-defined]
 
 
 def _evaluate_on_testset(setup: TrialSetup, best: Candidate) -> Tested:
@@ -161,13 +177,22 @@ def _evaluate_on_testset(setup: TrialSetup, best: Candidate) -> Tested:
         student(setup, name, config.num_threads) as (task, models, hosted),
         opened_evaluator(setup, task, models, hosted, name=name, folder=folder) as evaluator,
     ):
-        testset = list(task.testset or ())
         assign_versions(task.program, best.weights, best.api_models, models, setup.store.read_weights)
         load_state(task.program, setup.store.read_program(best.program))
-        with dspy.context(**dspy_settings(config)):
-            scores = evaluator.scores(task.program, testset, Limits(config.num_threads, max_errors=len(testset) + 1))
-        models.engine.latch.check()
-        return scores.percent, scores.of_examples
+        testset = list(task.testset or ())
+        limits, latch = Limits(config.num_threads, max_errors=len(testset) + 1), models.engine.latch
+        for left in range(config.trial.step_retries, -1, -1):
+            try:
+                with dspy.context(**dspy_settings(config)):
+                    scores = evaluator.scores(task.program, testset, limits)
+                latch.check()
+                return scores.percent, scores.of_examples
+            except (Exception, InfrastructureFailure) as failure:
+                if left == 0 or side_of(failure) is not Side.INFRASTRUCTURE:
+                    raise
+                logger.warning("The test lost its infrastructure and is repeated: %s", failure)
+                latch.release()
+    raise AssertionError("the last attempt returns or raises")
 
 
 class _Reporter:

@@ -1,7 +1,5 @@
 """Calls of actors, with bt_ray's own errors."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -20,17 +18,10 @@ def ask(method: Any, *arguments: Any, timeout_s: float | None = None) -> Any:
     Raises:
         InfrastructureError: The actor is gone, or did not answer in time.
     """
-    with own_errors():
-        return ray.get(method.remote(*arguments), timeout=timeout_s)
-
-
-@contextmanager
-def own_errors() -> Iterator[None]:
-    """Raise what an actor's method raised, as `ask`, where its answer is waited for by other means."""
     try:
-        yield
+        return ray.get(method.remote(*arguments), timeout=timeout_s)
     except GetTimeoutError as error:
-        raise ServerError("An actor did not answer in time.") from error
+        raise ServerError(f"An actor did not answer within {timeout_s} s.") from error
     except RayTaskError as error:
         if isinstance(error.cause, BtRayError):
             raise error.cause from error

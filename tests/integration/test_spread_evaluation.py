@@ -69,9 +69,28 @@ def test_failed_examples_of_all_processes_stop_an_evaluation_and_their_logs_tell
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_process_that_dies_costs_no_score(settings: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [0, 50])
+def test_a_process_that_dies_in_a_step_or_in_the_test_costs_no_score(
+    first: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
     shutil.copy(SUPPORT / "tasks.py", tmp_path / "own_tasks.py")
-    result = sweep(settings, task=f"{tmp_path / 'own_tasks.py'}:deadly_elsewhere", strategies=["p"], trial=THREE)
+    task = {"task": f"{tmp_path / 'own_tasks.py'}:deadly_elsewhere", "args": {"first": first}}
+    result = sweep(settings, **task, strategies=["p"], trial=THREE)
     assert (tmp_path / "computed.txt").exists(), "it died"
     assert [c.score for c in result.trials[0].candidates] == [20.0, 40.0]
     assert result.test_score == 40.0
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_what_the_users_code_raises_in_another_process_is_the_users_failure(settings: dict[str, Any]) -> None:
+    result = sweep(settings, task=f"{SUPPORT / 'tasks.py'}:broken_elsewhere", strategies=["p"], trial=THREE)
+    (trial,) = result.trials
+    assert trial.candidates == ()
+    assert (trial.error or "").startswith("TypeError")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_tests_whose_processes_do_not_all_have_room_at_once_wait_for_each_other(settings: dict[str, Any]) -> None:
+    """Of 8 CPUs the two servers leave room for the processes of one test."""
+    result = sweep(settings, strategies=["p", "w"], trial={"processes": 2, "cpus": 2.9})
+    assert [trial.best and trial.best.test_score for trial in result.trials] == [40.0, 50.0]

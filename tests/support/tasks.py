@@ -159,11 +159,11 @@ def deadly() -> bt_ray.Task:
     return double(metric=end)
 
 
-def deadly_elsewhere() -> bt_ray.Task:
-    """A metric that takes its process with it, once, and only where that is not the trial's own."""
+def deadly_elsewhere(first: int) -> bt_ray.Task:
+    """A metric that takes its process with it, once, where that is not the trial's own, at a question from `first` on."""
 
     def end(example: Any, prediction: Any, trace: Any = None) -> bool:
-        if psutil.Process().cmdline()[0].startswith("ray::EvaluatingProcess"):
+        if int(example.question.split()[1]) >= first and in_another_process():
             died = Path(__file__).with_name("computed.txt")
             if not died.exists():
                 died.touch()
@@ -171,6 +171,19 @@ def deadly_elsewhere() -> bt_ray.Task:
         return exact(example, prediction)
 
     return double(metric=end)
+
+
+def broken_elsewhere() -> bt_ray.Task:
+    """A metric without a value, where its process is not the trial's own: `dspy.Evaluate` cannot add it up."""
+
+    def nothing(example: Any, prediction: Any, trace: Any = None) -> bool | None:
+        return None if in_another_process() else exact(example, prediction)
+
+    return double(metric=nothing)
+
+
+def in_another_process() -> bool:
+    return psutil.Process().cmdline()[0].startswith("ray::EvaluatingProcess")
 
 
 def large(valset: int) -> bt_ray.Task:

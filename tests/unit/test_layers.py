@@ -50,7 +50,7 @@ LAYERS: dict[str, set[str]] = {
     "hosting": {"errors", "serving", "weights"},
     "failures": {"errors"},
     "one_core": set(),
-    "lm": {"config", "errors", "failures", "hosting", "one_core", "serving", "weights"},
+    "lm": {"config", "errors", "failures", "hosting", "serving", "weights"},
     "local_models": {"config", "errors", "hosting", "serving", "slot", "storage", "weights"},
     "evaluation": {"errors", "failures", "hosting", "results"},
     "better_together": {"errors", "evaluation", "failures", "hosting", "lm", "results", "strategy", "task", "teachers"},

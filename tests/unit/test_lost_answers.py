@@ -7,8 +7,8 @@ import pytest
 from dspy.utils.exceptions import LMServerError
 from support import tasks
 
-from bt_ray.better_together import LostAnswers
 from bt_ray.errors import InfrastructureFailure
+from bt_ray.evaluation import LostAnswers
 from bt_ray.hosting import FailureLatch
 
 
