@@ -59,6 +59,7 @@ def test_three_processes_give_what_one_gives_and_leave_nothing(settings: dict[st
     wait_for("the other processes to be gone", lambda: not processes.named("ray::EvaluatingProcess"), 30)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("local_ray")
 def test_failed_examples_of_all_processes_stop_an_evaluation_and_their_logs_tell_why(settings: dict[str, Any]) -> None:
     result = sweep(settings, task=f"{SUPPORT / 'tasks.py'}:broken_metric", strategies=["p"], trial=THREE)
@@ -68,6 +69,7 @@ def test_failed_examples_of_all_processes_stop_an_evaluation_and_their_logs_tell
     assert "no such field" in Path(settings["run_dir"], "trials/000-p/process-2/log.txt").read_text()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("first", [0, 50])
 def test_a_process_that_dies_in_a_step_or_in_the_test_costs_no_score(
@@ -81,6 +83,7 @@ def test_a_process_that_dies_in_a_step_or_in_the_test_costs_no_score(
     assert result.test_score == 40.0
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("local_ray")
 def test_what_the_users_code_raises_in_another_process_is_the_users_failure(settings: dict[str, Any]) -> None:
     result = sweep(settings, task=f"{SUPPORT / 'tasks.py'}:broken_elsewhere", strategies=["p"], trial=THREE)
@@ -89,6 +92,7 @@ def test_what_the_users_code_raises_in_another_process_is_the_users_failure(sett
     assert (trial.error or "").startswith("TypeError")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("local_ray")
 def test_tests_whose_processes_do_not_all_have_room_at_once_wait_for_each_other(settings: dict[str, Any]) -> None:
     """Of 8 CPUs the two servers leave room for the processes of one test."""
