@@ -38,7 +38,8 @@ def one_core() -> Iterator[None]:
 
     def free_for_a_child(event: str, _: Any) -> None:
         if event in STARTS_OF_PROCESSES and not ended.is_set():
-            os.sched_setaffinity(0, all_cores)  # of the calling thread, from which the child has its own
+            with contextlib.suppress(OSError):  # a sandbox forbids it, which is no reason to start nothing
+                os.sched_setaffinity(0, all_cores)  # of the calling thread, from which the child has its own
 
     def watch() -> None:
         decision = Decision()

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 from support.processes import wait_for
@@ -56,10 +55,7 @@ def test_all_threads_are_kept_on_one_core_and_what_they_start_is_on_all() -> Non
     with one_core():
         thread = threading.Thread(target=compute)
         thread.start()
-        for _ in range(600):
-            if not thread.is_alive():
-                break
-            time.sleep(0.1)
+        thread.join(60)
         stop.set()
         thread.join()
     assert len(seen["thread"]) == 1
