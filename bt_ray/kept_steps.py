@@ -22,6 +22,7 @@ from bt_ray.lm import Usage
 from bt_ray.results import StepFailure, failure_of
 from bt_ray.served_models import ServedModels, api_models_of, assign_versions, weights_of
 from bt_ray.store import FinishedStep, StepStore, attempt_name
+from bt_ray.weights import Weights
 
 VISIBLE_S = 60.0
 """Seconds that a shared filesystem may take to show one node what another wrote."""
@@ -156,10 +157,8 @@ class KeptSteps:
 
     def rebuilt(self, step: FinishedStep) -> dspy.Module:
         """The step's program from its saved state, with LMs for its weights."""
-        program = self._program.deepcopy()
-        assign_versions(program, step.weights, step.api_models, self._models, self._store.read_weights)
-        load_state(program, self._store.read_program(step.program))
-        return program
+        state = self._store.read_program(step.program)
+        return rebuilt(self._program, state, step.weights, step.api_models, self._models, self._store.read_weights)
 
     def _abandon(self, key: StepKey, fence: int | None) -> None:
         """Let another trial compute the step. Claims that are lost too tell nothing new."""
@@ -203,6 +202,21 @@ def program_state(program: dspy.Module) -> bytes:
         file = Path(folder) / "program.json"
         copied.save(str(file))
         return file.read_bytes()
+
+
+def rebuilt(
+    task_program: dspy.Module,
+    state: bytes,
+    weights: Mapping[str, str],
+    api_models: Mapping[str, str],
+    models: ServedModels,
+    find: Callable[[str], Weights],
+) -> dspy.Module:
+    """A copy of the task's program with the state that `program_state` made, and LMs as `assign_versions` gives them."""
+    program = task_program.deepcopy()
+    assign_versions(program, weights, api_models, models, find)
+    load_state(program, state)
+    return program
 
 
 def load_state(program: dspy.Module, state: bytes) -> None:

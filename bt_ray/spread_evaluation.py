@@ -55,13 +55,9 @@ class SavedProgram:
 
     def rebuilt(self, task_program: "dspy.Module", models: "ServedModels") -> "dspy.Module":
         """The program, from the one that the task gives."""
-        from bt_ray.kept_steps import load_state
-        from bt_ray.served_models import assign_versions
+        from bt_ray.kept_steps import rebuilt
 
-        program = task_program.deepcopy()
-        assign_versions(program, self.weights, self.api_models, models, self.known.__getitem__)
-        load_state(program, self.state)
-        return program
+        return rebuilt(task_program, self.state, self.weights, self.api_models, models, self.known.__getitem__)
 
 
 @ray.remote

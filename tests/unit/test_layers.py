@@ -55,7 +55,9 @@ LAYERS: dict[str, set[str]] = {
     "evaluation": {"errors", "failures", "hosting", "results"},
     "better_together": {"errors", "evaluation", "failures", "hosting", "lm", "results", "strategy", "task", "teachers"},
     "served_models": {"config", "errors", "lm", "sweep_toml", "weights"},
-    "kept_steps": {"better_together", "errors", "failures", "fingerprint", "lm", "results", "served_models", "store"},
+    "kept_steps": {
+        "better_together", "errors", "failures", "fingerprint", "lm", "results", "served_models", "store", "weights",
+    },
     "remote_models": {"errors", "hosting", "serving", "weights"},
     "best": {
         "config", "errors", "hosting", "kept_steps", "lm", "local_models", "node_disk", "remote_models", "results",
