@@ -1,6 +1,7 @@
 """A sweep on real vLLM that loses its server's processes, one kind after the other, while requests are under way."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,9 +24,12 @@ class Sweep:
     def __init__(self, folder: Path) -> None:
         self.processes = MarkedProcesses()
         self.run_dir = folder / "run"
+        self._hold = folder / "hold"
+        for file in ("said.py", "said_while_held.py"):
+            shutil.copy(SUPPORT / file, folder)
         subprocess.run([sys.executable, str(SUPPORT / "tiny_model.py"), str(folder / "tiny")], check=True)
         values = {
-            "task": f"{SUPPORT / 'said.py'}:build",
+            "task": f"{folder / 'said_while_held.py'}:build",
             "model": str(folder / "tiny"),
             "strategies": ["w"],
             "run_dir": str(self.run_dir),
@@ -40,6 +44,13 @@ class Sweep:
         command = [sys.executable, "-m", "bt_ray.cli", "sweep", str(folder / "sweep.toml")]
         with self.output.open("w") as output:
             self.driver = subprocess.Popen(command, stdout=output, stderr=output, env=self.processes.environment)
+
+    def hold(self) -> None:
+        """The next evaluation goes on until `release`."""
+        self._hold.touch()
+
+    def release(self) -> None:
+        self._hold.unlink()
 
     def await_requests(self) -> None:
         """Return while a server answers requests."""
@@ -59,6 +70,15 @@ class Sweep:
             return False
 
         wait_for("requests under way", under_way, 240)
+
+    def kill(self, name: str) -> None:
+        """Kill the processes of this name while requests are under way, and wait for the end of what they leave."""
+        self.await_requests()
+        models = self.processes.models()
+        for process in self.processes.named(name):
+            if "keeper.py" not in " ".join(process.cmdline()):
+                process.kill()
+        wait_for(f"the end of what {name} leaves", lambda: not any(p.is_running() for p in models), 60)
 
     def result(self) -> dict[str, float]:
         assert self.driver.wait(400) == 0, self.output.read_text()
@@ -95,13 +115,14 @@ def test_a_sweep_survives_the_death_of_each_of_its_servers_processes(started: Ca
     assert len(undisturbed.events(kind="server", state="serving, swap")) == 1
 
     sweep = started("disturbed")
-    for victim in ("bt_ray.serving.vllm_main", "VLLM::EngineCore", "ray::ModelServer"):
-        sweep.await_requests()
-        before = sweep.processes.models()
-        for process in sweep.processes.named(victim):
-            if "keeper.py" not in " ".join(process.cmdline()):
-                process.kill()
-        wait_for(f"the end of what {victim} leaves", lambda b=before: not any(p.is_running() for p in b), 60)
+    sweep.hold()
+    sweep.kill("bt_ray.serving.vllm_main")
+    sweep.release()
+    wait_for("the training", lambda: sweep.processes.named("bt_ray.training.main"), 240)
+    sweep.hold()
+    sweep.kill("VLLM::EngineCore")
+    sweep.kill("ray::ModelServer")
+    sweep.release()
     assert sweep.result() == expected
     assert len(sweep.events(kind="server", state="serving, start")) == 4
     wait_for("all processes to be gone", lambda: not sweep.processes.all(), 60)
