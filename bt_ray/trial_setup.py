@@ -54,6 +54,8 @@ def student(setup: TrialSetup, holder: str, threads: int) -> Iterator[tuple[Any,
     """The task with LMs, who makes them, and who hosts the models; gives all leases back at the end."""
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # LiteLLM fetches a price list otherwise
 
+    import dspy
+
     from bt_ray.actors.leased_models import LeasedModels
     from bt_ray.hosting import FailureLatch, NoModels
     from bt_ray.lm import ServedEngine
@@ -76,6 +78,7 @@ def student(setup: TrialSetup, holder: str, threads: int) -> Iterator[tuple[Any,
         with one_core(), serving(models):
             task = load_task(setup.task, config.args)
             models.assign_student(task.program)
+            _ = dspy.cache  # opened by its first reader: else by a request, while a server waits
             yield task, models, hosted
     finally:
         hosted.close()

@@ -1,16 +1,20 @@
 """The Iris task of the BetterTogether paper: four measurements of a flower in, its species out.
 
 From Soylu, Potts and Khattab, "Fine-Tuning and Prompt Optimization: Two Great Steps that Work Better Together",
-https://arxiv.org/abs/2407.10930. The data are scikit-learn's.
+https://arxiv.org/abs/2407.10930. The flowers in `iris.csv` are Fisher's, "The Use of Multiple Measurements in Taxonomic
+Problems", 1936.
 """
 
+import csv
 import random
+from pathlib import Path
 
 import dspy
 from dspy.teleprompt import BootstrapFewShotWithRandomSearch, BootstrapFinetune
-from sklearn.datasets import load_iris
 
 import bt_ray
+
+FLOWERS = Path(__file__).with_name("iris.csv")
 
 
 class ClassifyIris(dspy.Signature):
@@ -29,17 +33,8 @@ def exact_match(example: dspy.Example, prediction: dspy.Prediction, trace: objec
 
 def examples() -> list[dspy.Example]:
     """All 150 flowers in a fixed random order."""
-    iris = load_iris()
-    flowers = [
-        dspy.Example(
-            petal_length=str(petal_length),
-            petal_width=str(petal_width),
-            sepal_length=str(sepal_length),
-            sepal_width=str(sepal_width),
-            answer=str(iris.target_names[species]),
-        ).with_inputs("petal_length", "petal_width", "sepal_length", "sepal_width")
-        for (sepal_length, sepal_width, petal_length, petal_width), species in zip(iris.data, iris.target, strict=True)
-    ]
+    with FLOWERS.open(newline="") as file:
+        flowers = [dspy.Example(**row).with_inputs(*ClassifyIris.input_fields) for row in csv.DictReader(file)]
     random.Random(0).shuffle(flowers)
     return flowers
 
