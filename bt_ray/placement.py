@@ -9,170 +9,31 @@ server that serves the weights already; a free one with the same base (a swap); 
 nobody yet; one with no model in it (a start); growth up to the limit; a free one with another base (a relaunch); sharing;
 else a server whose turn is over is taken back from its shared leases, between two requests, so that nobody waits for ever.
 Where fine-tunes are adapters a server serves their base and several of them, so leases for different weights share it too.
+Among servers that are alike, one goes first whose node has a copy of the weights; while a lease waits, they are copied to
+the node of the server that should be free for it first.
 A model may have slots of its own; then all of this holds among its servers, and among those of all other models.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 
+from bt_ray.model_servers import (
+    Action,
+    Ask,
+    Copies,
+    Fetch,
+    Grant,
+    Grow,
+    Policy,
+    Release,
+    Revoke,
+    Serve,
+    Server,
+    State,
+    Stop,
+)
 from bt_ray.weights import Weights
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How servers are shared out.
-
-    Attributes:
-        limit: Servers at most, beside those that are leaving.
-        minimum: Servers that are never released.
-        turn_s: Seconds that a server stays with its shared leases while others wait.
-        patience_s: Seconds that a lease waits for growth before a worse server than a new one is taken for it.
-        idle_timeout_s: Seconds after which an idle server above the minimum is released.
-        stays_up: Whether a server keeps its model during a training.
-        adapters: LoRA adapters that a server serves at once, beside their base; 0 where it serves one version.
-    """
-
-    limit: int
-    minimum: int = 1
-    turn_s: float = 60.0
-    patience_s: float = 30.0
-    idle_timeout_s: float = 300.0
-    stays_up: bool = True
-    adapters: int = 0
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A lease that is wanted.
-
-    Attributes:
-        lease: Its number; a later ask has a higher one.
-        holder: Who wants it.
-        weights: What requests will ask for, or what a training starts from.
-        exclusive: Whether it is for a training.
-        since: When it was asked for, in seconds.
-    """
-
-    lease: int
-    holder: str
-    weights: Weights
-    exclusive: bool
-    since: float
-
-
-class State(Enum):
-    """What a server does, as far as leases go."""
-
-    PLACING = "placing"
-    READY = "ready"
-    CHANGING = "changing"
-    STOPPING = "stopping"
-
-
-@dataclass
-class Server:
-    """A model server.
-
-    Attributes:
-        number: Never used for two servers.
-        slots: The model whose own slot it is in; empty for the slots of all other models.
-        state: What it does.
-        serving: What it serves, or is going to serve, by id; empty when that is not known, or when it has no model.
-        base: The base of the model in it, None when there is none.
-        leases: The shared leases on it.
-        granted: Those of them that were told so.
-        training: The exclusive lease on it.
-        incarnation: Counts how often it came to serve something, so that news of an earlier time can be told.
-        since: When it came to these weights, or in state PLACING when it was asked for, in seconds.
-        idle_since: When its last lease ended.
-        leaving: Whether its node is going away: it gets no further lease, and ends with its last.
-    """
-
-    number: int
-    slots: str = ""
-    state: State = State.PLACING
-    serving: dict[str, Weights] = field(default_factory=dict)
-    base: str | None = None
-    leases: dict[int, Ask] = field(default_factory=dict)
-    granted: set[int] = field(default_factory=set)
-    training: Ask | None = None
-    incarnation: int = 0
-    since: float = 0.0
-    idle_since: float = 0.0
-    leaving: bool = False
-
-    @property
-    def empty(self) -> bool:
-        return self.state is State.READY and not self.leases and self.training is None
-
-    @property
-    def free(self) -> bool:
-        return self.empty and not self.leaving
-
-    @property
-    def is_up(self) -> bool:
-        return self.state is State.READY and self.base is not None
-
-    def serves(self, weights: Weights) -> bool:
-        return weights.id in self.serving
-
-    def drop_leases(self) -> list[Ask]:
-        dropped = list(self.leases.values())
-        self.leases.clear()
-        self.granted.clear()
-        return dropped
-
-
-@dataclass(frozen=True)
-class Grow:
-    """Create the server of this number, and tell `placed` when it can be used."""
-
-    server: int
-
-
-@dataclass(frozen=True)
-class Serve:
-    """Bring a server to these weights, and those beside them: a start, a swap or a relaunch. Tell `served` or `failed`."""
-
-    server: int
-    weights: Weights
-    beside: tuple[Weights, ...] = ()
-
-
-@dataclass(frozen=True)
-class Grant:
-    """Tell who asked that the lease begins."""
-
-    lease: Ask
-    server: int
-
-
-@dataclass(frozen=True)
-class Revoke:
-    """A shared lease has ended because others wait: its requests are refused from now on."""
-
-    lease: Ask
-    server: int
-
-
-@dataclass(frozen=True)
-class Stop:
-    """End what a dead holder left running on a server. Tell `stopped`."""
-
-    server: int
-
-
-@dataclass(frozen=True)
-class Release:
-    """End a server: it is idle and not needed, or its node is going away."""
-
-    server: int
-    leaving: bool = False
-
-
-Action = Grow | Serve | Grant | Revoke | Stop | Release
 
 
 class Placement:
@@ -188,6 +49,9 @@ class Placement:
         self.first = first or {}
         self.servers: dict[int, Server] = {}
         self.waiting: list[Ask] = []
+        self._copies = Copies()
+        self._ahead: dict[str, int] = {}
+        """The servers for which weights that are waited for were fetched, by the weights' ids."""
         self._numbers = 0
         self._actions: list[Action] = []
 
@@ -204,8 +68,14 @@ class Placement:
         self.waiting.append(ask)
         self.waiting.sort(key=lambda ask: ask.lease)
 
-    def ended(self, lease: int, now: float) -> None:
-        """A lease was given back, or is not wanted any more. Harmless when it has ended before."""
+    def ended(self, lease: int, now: float, made: Weights | None = None) -> None:
+        """A lease was given back, or is not wanted any more. Harmless when it has ended before.
+
+        Args:
+            lease: Its number.
+            now: The time, in seconds.
+            made: What the training that it was for left on its node.
+        """
         self.waiting = [ask for ask in self.waiting if ask.lease != lease]
         for server in self.servers.values():
             if server.leases.pop(lease, None) is not None:
@@ -214,6 +84,8 @@ class Placement:
             if server.training is not None and server.training.lease == lease:
                 server.training = None
                 server.idle_since = now
+                if made is not None:
+                    self._copies.add(server.node, made)
 
     def holder_died(self, holder: str, now: float) -> None:
         """All that a holder has, and waits for, has ended; its training is to be stopped."""
@@ -226,10 +98,17 @@ class Placement:
             server.state = State.STOPPING
             self._actions.append(Stop(server.number))
 
-    def placed(self, number: int, now: float) -> None:
-        """A server that was asked for can be used; no model is in it."""
+    def placed(self, number: int, now: float, node: str | None = None) -> None:
+        """A server that was asked for can be used; no model is in it.
+
+        Args:
+            number: The server's.
+            now: The time, in seconds.
+            node: Where it is; default: on a node of its own.
+        """
         if (server := self.servers.get(number)) is not None:
             server.state, server.idle_since = State.READY, now
+            server.node = node if node is not None else f"server {number}"
 
     def served(self, number: int, now: float) -> None:
         """A server serves what it was to serve."""
@@ -307,6 +186,7 @@ class Placement:
             if self._may_grow(slots):
                 self.grow(now, slots)
         self._start_ahead()
+        self._fetch_ahead()
         self._release_leaving()
         self._release_idle(now)
         actions, self._actions = self._actions, []
@@ -338,10 +218,11 @@ class Placement:
         return found
 
     def _server_for(self, ask: Ask, among: "_Candidates", missed: Mapping[str, int], now: float) -> Server | None:
-        def worth(server: Server) -> tuple[int, bool, float]:
+        def worth(server: Server) -> tuple[int, bool, bool, float]:
             """Sorts first the server that others miss the least."""
+            missed_there = sum(missed.get(weights_id, 0) for weights_id in server.serving)
             ends = server.base is not None and not self.policies[server.slots].stays_up
-            return (sum(missed.get(weights_id, 0) for weights_id in server.serving), ends, server.idle_since)
+            return (missed_there, not self._copies.has(server.node, ask.weights), ends, server.idle_since)
 
         impatient = not among.may_grow or now - ask.since >= self.policies[self._slots(ask.weights)].patience_s
         turn_over = among.turn_over if impatient else []
@@ -380,6 +261,7 @@ class Placement:
             self._actions += [Revoke(dropped, server.number) for dropped in server.drop_leases()]
         if ask.exclusive:
             server.training, server.serving = ask, {}
+            self._copies.add(server.node, ask.weights)
             if not self.policies[server.slots].stays_up:
                 server.base = None
             self._actions.append(Grant(ask, server.number))
@@ -393,6 +275,7 @@ class Placement:
             beside = (*beside, weights.on)
         server.state, server.base = State.CHANGING, weights.base
         server.serving = {served.id: served for served in (weights, *beside)}
+        self._copies.add(server.node, weights, *beside)
         self._actions.append(Serve(server.number, weights, beside))
 
     def _may_grow(self, slots: str) -> bool:
@@ -420,6 +303,23 @@ class Placement:
                 unused = []
             for server in unused:
                 self._serve(server, weights)
+
+    def _fetch_ahead(self) -> None:
+        """Have weights that are waited for copied to where they should be used: by the server that has its work longest."""
+        waited_for = {ask.weights.id: ask.weights for ask in self.waiting if ask.weights.parent is not None}
+        self._ahead = {w: number for w, number in self._ahead.items() if w in waited_for and number in self.servers}
+        for slots in {self._slots(weights) for weights in waited_for.values() if weights.id not in self._ahead}:
+            missing = [w for w in waited_for.values() if w.id not in self._ahead and self._slots(w) == slots]
+            taken = set(self._ahead.values())
+            busy = [
+                s for s in self.servers.values() if s.slots == slots and s.work and not s.leaving and s.number not in taken
+            ]
+            busy.sort(key=lambda server: (server.training is not None, min(server.work)))
+            for weights, server in zip(missing, busy, strict=False):
+                self._ahead[weights.id] = server.number
+                if not self._copies.has(server.node, weights):
+                    self._copies.add(server.node, weights)
+                    self._actions.append(Fetch(server.number, weights))
 
     def _release_leaving(self) -> None:
         """A server whose node is going away is of no use any more when nothing is on it."""

@@ -155,6 +155,15 @@ class Slot:
                 self.change = Change(how, time.monotonic() - began)
             return self._server.endpoint(weights)
 
+    def fetch(self, weights: Weights) -> None:
+        """Copy weights to this node, for a `serve` or a `train` to come. Waits for nothing that the slot does.
+
+        Raises:
+            StorageError: They cannot be had.
+        """
+        with self._weights.loadable(weights):
+            pass
+
     def _how(self, wanted: Sequence[Weights]) -> tuple[str, str]:
         """What it takes to serve these weights, and why more than a swap where a server is there."""
         server = self._server

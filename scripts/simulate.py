@@ -72,6 +72,7 @@ COMPARED: dict[str, dict[str, Any]] = {
     "leases of 10 min": {"renew_s": 600.0},
     "servers stop for a training": {"stays_up": False},
     "servers start when asked for": {"starts_ahead": False},
+    "fine-tunes are fetched when used": {"fetches_ahead": False},
     "4 adapters at once": {"adapters": 4},
     "servers batch 4 evaluations": {"batching": 4.0},
     "slots as they are wanted": {"grows": True},

@@ -100,8 +100,10 @@ class LeasedModels:
         lease = self._ask_pool(parent, exclusive=True)
         try:
             trained: Weights = ask(lease.actor.train, parent, list(conversations), train, self._config.seed)
-        finally:
+        except BaseException:
             self._end([lease])
+            raise
+        self._end([lease], made=trained)
         self.weights[trained.id] = trained
         return trained
 
@@ -173,9 +175,9 @@ class LeasedModels:
         self._end([held.lease])
         return held.lease
 
-    def _end(self, leases: list[Lease]) -> None:
+    def _end(self, leases: list[Lease], made: Weights | None = None) -> None:
         if leases:
-            self._pool.end.remote([lease.number for lease in leases])
+            self._pool.end.remote([lease.number for lease in leases], made)
 
     def _give_back_idle(self) -> None:
         while not self._closed.wait(LINGER_S / 2):

@@ -66,6 +66,9 @@ class ModelServer:
     def serve(self, weights: Weights, beside: Sequence[Weights]) -> Served:
         return Served(self._slot.serve(weights, beside), self._slot.change)
 
+    def fetch(self, weights: Weights) -> None:
+        self._slot.fetch(weights)
+
     def train(self, parent: Weights, conversations: Sequence[dict[str, Any]], config: TrainConfig, seed: int) -> Weights:
         return self._slot.train(parent, conversations, config, seed=seed)
 

@@ -26,8 +26,9 @@ from bt_ray.actors.model_server import ModelServer, Served, actor_options
 from bt_ray.config import ServerConfig
 from bt_ray.errors import BtRayError, InfrastructureError, ServerError
 from bt_ray.events import LeaseChanged, ServerDid
+from bt_ray.model_servers import Action, Ask, Fetch, Grant, Grow, Policy, Release, Revoke, Serve, State, Stop
 from bt_ray.nodes import draining_nodes
-from bt_ray.placement import Action, Ask, Grant, Grow, Placement, Policy, Release, Revoke, Serve, State, Stop
+from bt_ray.placement import Placement
 from bt_ray.serving.server import Endpoint
 from bt_ray.weights import Weights
 
@@ -139,11 +140,16 @@ class ServerPool:
         self._decide()
         return await future  # type: ignore[no-any-return]
 
-    async def end(self, leases: list[int]) -> None:
-        """Give leases back. Harmless for those that have ended before."""
+    async def end(self, leases: list[int], made: Weights | None = None) -> None:
+        """Give leases back. Harmless for those that have ended before.
+
+        Args:
+            leases: Their numbers.
+            made: What the training made that the lease was for.
+        """
         for lease in leases:
             self._note(LeaseChanged(time.time(), lease, "ended"))
-            self._forget(lease)
+            self._forget(lease, made)
         self._decide()
 
     async def placed(self) -> tuple[int, int, list[str]]:
@@ -176,13 +182,13 @@ class ServerPool:
         for task in self._tasks:
             task.cancel()
 
-    def _forget(self, lease: int | None) -> None:
+    def _forget(self, lease: int | None, made: Weights | None = None) -> None:
         if lease is not None:
             future = self._waiting.pop(lease, None)
             if future is not None:
                 future.cancel()  # nobody listens any more, or it is done
             self._by_request.pop(self._requests.pop(lease, ""), None)
-            self._placement.ended(lease, time.monotonic())
+            self._placement.ended(lease, time.monotonic(), made)
 
     def _start(self) -> None:
         """Begin. Not in the constructor, which has no event loop."""
@@ -228,6 +234,8 @@ class ServerPool:
                 self._run(self._place(number, self._actors[number]))
             case Serve(number, weights, beside):
                 self._run(self._serve(number, self._actors[number], weights, beside))
+            case Fetch(number, weights):
+                self._run(self._fetch(self._actors[number], weights))
             case Grant(ask, number):
                 self._grant(ask, number)
             case Revoke(ask, number):
@@ -267,7 +275,7 @@ class ServerPool:
             return
         self._not_created.pop(slots, None)
         self._note_server(number, "idle")
-        self._placement.placed(number, time.monotonic())
+        self._placement.placed(number, time.monotonic(), self._nodes[number])
         self._decide()
         await until_dead(actor)
         self._died(number, "its actor died")
@@ -309,6 +317,10 @@ class ServerPool:
             self._endpoints[number] = served.endpoint
             self._placement.served(number, time.monotonic())
         self._decide()
+
+    async def _fetch(self, actor: "ActorHandle[Any]", weights: Weights) -> None:
+        with contextlib.suppress(RayError):  # whoever uses them there fetches them, and tells why they cannot be had
+            await actor.fetch.remote(weights)
 
     def _grant(self, ask: Ask, number: int) -> None:
         server = self._placement.servers[number]

@@ -5,13 +5,14 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import simpy
 
 from bt_ray.claims import ClaimTable
-from bt_ray.placement import Ask, Grant, Grow, Placement, Policy, Release, Revoke, Serve, Stop
+from bt_ray.model_servers import Action, Ask, Fetch, Grant, Grow, Policy, Release, Revoke, Serve, Stop
+from bt_ray.placement import Placement
 from bt_ray.strategy import BASELINE, SEPARATOR, all_prefixes, parent, prefixes, start_order
 from bt_ray.weights import Weights
 from simulation.schedules import lower_bound, trains
@@ -29,6 +30,7 @@ class Times:
     Attributes:
         start: Of a server, until it answers.
         swap: To other weights in place, verified.
+        fetch: Of a fine-tune to a node that has no copy of it; each slot has a node of its own.
         train: One fine-tune.
         prompt: The requests of a prompt optimizer, on a server alone.
         evaluate: Those of an evaluation.
@@ -41,6 +43,7 @@ class Times:
 
     start: float = 24.0
     swap: float = 0.5
+    fetch: float = 0.0
     train: float = 150.0
     prompt: float = 120.0
     evaluate: float = 20.0
@@ -67,6 +70,7 @@ class Switches:
         adapters: Adapters served at once; 0: merged checkpoints.
         grows: Whether slots are asked for one by one, as they are wanted, rather than all at once.
         starts_ahead: Whether servers are started with the base before anybody asks for it.
+        fetches_ahead: Whether a fine-tune that is waited for is fetched before a server is free for it.
     """
 
     trials_per_slot: int = 2
@@ -80,6 +84,7 @@ class Switches:
     adapters: int = 0
     grows: bool = False
     starts_ahead: bool = True
+    fetches_ahead: bool = True
 
     def policy(self, slots: int) -> Policy:
         return Policy(
@@ -195,6 +200,7 @@ class Slot:
         base: Of the model that is up in it.
         trained: Seconds of training so far.
         training_since: When the training under way began.
+        copies: When its node has which fine-tune.
     """
 
     load: Load
@@ -203,6 +209,7 @@ class Slot:
     base: str | None = None
     trained: float = 0.0
     training_since: float = 0.0
+    copies: dict[str, float] = field(default_factory=dict)
 
 
 class Simulation:
@@ -294,9 +301,10 @@ class Simulation:
         weights = self.weights[parent(prefix)] if prefix else BASE
         work = self.drawn("evaluate", prefix)
         if trains(prefix):
-            yield from self._train(holder, weights, prefix)
             on = (weights.on or weights) if self.switches.adapters else None
-            weights = Weights(f"model-0-ft-{prefix.replace(SEPARATOR, '-')}", prefix, weights.id, on=on)
+            made = Weights(f"model-0-ft-{prefix.replace(SEPARATOR, '-')}", prefix, weights.id, on=on)
+            yield from self._train(holder, weights, made)
+            weights = made
         elif prefix:
             work += self.drawn("prompt", prefix)
         self.weights[prefix] = weights
@@ -307,21 +315,30 @@ class Simulation:
             work = yield load.add(lease, work)
             self.placement.ended(lease, self.clock.now)
 
-    def _train(self, holder: str, parent_weights: Weights, prefix: str) -> Process:
-        left, whole = self.drawn("train", prefix), False
+    def _train(self, holder: str, parent_weights: Weights, made: Weights) -> Process:
+        left, whole = self.drawn("train", made.path), False
         while not whole:
             lease = self._ask(holder, parent_weights, exclusive=True)
-            slot = self.held[(yield self._granted[lease])]
-            slot.training_since = self.clock.now
+            number = yield self._granted[lease]
+            slot, copying = self.held[number], self._fetch(number, parent_weights)
+            slot.training_since = self.clock.now + copying
             if not self.switches.stays_up:
                 slot.base = None
-            yield slot.lost | self.clock.timeout(left)
+            yield slot.lost | self.clock.timeout(copying + left)
             whole = not slot.lost.triggered
-            trained = self.clock.now - slot.training_since
+            trained = max(0.0, self.clock.now - slot.training_since)
             if whole:
                 slot.trained += trained
+                slot.copies[made.id] = self.clock.now
             left -= trained // self.times.checkpoint * self.times.checkpoint
-            self.placement.ended(lease, self.clock.now)
+            self.placement.ended(lease, self.clock.now, made if whole else None)
+
+    def _fetch(self, number: int, weights: Weights) -> float:
+        """Seconds until a slot's node has these weights, which it fetches unless it does so already."""
+        if weights.parent is None:
+            return 0.0
+        there = self.clock.now + self.drawn("fetch", (number, weights.id))
+        return max(0.0, self.held[number].copies.setdefault(weights.id, there) - self.clock.now)
 
     def _ask(self, holder: str, weights: Weights, *, exclusive: bool) -> int:
         lease = next(self._leases)
@@ -331,30 +348,36 @@ class Simulation:
 
     def _decide(self) -> None:
         for action in self.placement.decide(self.clock.now):
-            match action:
-                case Grow(number):
-                    self.held[number] = Slot(Load(self.clock, self.switches.batching), self.clock.now, self.clock.event())
-                    after(self.clock, self.drawn("grow", number), lambda n=number: self._place(n))  # type: ignore[misc]
-                case Serve(number, weights):
-                    self._serve(number, weights)
-                case Grant(ask, number):
-                    self._granted.pop(ask.lease).succeed(number)
-                case Revoke(ask, number):
-                    self.held[number].load.drop(ask.lease)
-                case Stop(number):
-                    self.placement.stopped(number, self.clock.now)
-                case Release(number):
-                    self._let_go(number)
+            self._carry_out(action)
         if not self._ticking and (self.placement.waiting or self.switches.grows):
             self._ticking = True
             after(self.clock, TICK_S, self._tick)
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case Grow(number):
+                self.held[number] = Slot(Load(self.clock, self.switches.batching), self.clock.now, self.clock.event())
+                after(self.clock, self.drawn("grow", number), lambda: self._place(number))
+            case Serve(number, weights):
+                self._serve(number, weights)
+            case Fetch(number, weights):
+                if self.switches.fetches_ahead:
+                    self._fetch(number, weights)
+            case Grant(ask, number):
+                self._granted.pop(ask.lease).succeed(number)
+            case Revoke(ask, number):
+                self.held[number].load.drop(ask.lease)
+            case Stop(number):
+                self.placement.stopped(number, self.clock.now)
+            case Release(number):
+                self._let_go(number)
 
     def _serve(self, number: int, weights: Weights) -> None:
         slot = self.held[number]
         how = "swap" if slot.base == weights.base else "start"
         slot.base = weights.base
         self.counted[how] += 1
-        seconds = self.drawn(how, (number, self.counted[how]))
+        seconds = self._fetch(number, weights) + self.drawn(how, (number, self.counted[how]))
         after(self.clock, seconds, lambda: self.placement.served(number, self.clock.now))
 
     def _tick(self) -> None:
@@ -371,7 +394,7 @@ class Simulation:
         self.counted["lost"] += 1
         for ask in self.placement.died(number):
             slot.load.drop(ask.lease)
-            slot.trained += self.clock.now - slot.training_since if ask.exclusive else 0.0
+            slot.trained += max(0.0, self.clock.now - slot.training_since) if ask.exclusive else 0.0
         slot.lost.succeed()
         self._let_go(number)
 

@@ -1,5 +1,6 @@
 """The pool's actor on a real Ray: it grows and shrinks, and holds several models and versions at once."""
 
+import json
 import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +11,14 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 import pytest
+from support.object_store import ObjectStore
 from support.processes import wait_for
 from support.scripted_model import write_model
 
 from bt_ray.config import make_config
-from bt_ray.placement import Policy
-from bt_ray.weights import Weights, base_weights
+from bt_ray.model_servers import Policy
+from bt_ray.storage import open_storage
+from bt_ray.weights import MANIFEST, Weights, base_weights, fine_tuned
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 Pool = Any
@@ -157,3 +160,24 @@ def test_many_trials_share_one_start(opened: Callable[..., Pool], student: Weigh
         assert set(threads.map(lambda lease: answer(lease, 1), leases)) == {"2"}
     _, events = ray.get(pool.events.remote("", 0))
     assert [event.state for _, event in events if getattr(event, "state", "").startswith("serving")] == ["serving, start"]
+
+
+def test_weights_are_fetched_to_a_node_while_they_are_waited_for(
+    settings: dict[str, Any], opened: Callable[..., Pool], student: Weights, s3: ObjectStore, tmp_path: Path
+) -> None:
+    import ray
+
+    settings["run_dir"] = f"s3://bucket/{tmp_path.name}/run"
+    manifest = {"id": "student-ft-1", "parent": student.id}
+    write_model(tmp_path / "made", skill=5)
+    (tmp_path / "made" / MANIFEST).write_text(json.dumps(manifest))
+    open_storage(settings["run_dir"]).upload(tmp_path / "made", "weights/student-ft-1", last=MANIFEST)
+    pool = opened(limit=1, environment={"BT_RAY_CACHE": str(tmp_path / "node")})
+    training = ray.get(ask(pool, student, exclusive=True))
+    waiting = ask(pool, fine_tuned(manifest))
+    wait_for("the node's copy", (tmp_path / "node" / "weights" / "student-ft-1" / MANIFEST).is_file)
+    downloads = len(s3.requests("student-ft-1/model.safetensors"))
+    assert not ray.wait([waiting], timeout=0)[0]
+    ray.get(pool.end.remote([training.number]))
+    assert answer(ray.get(waiting), 4) == "8"
+    assert len(s3.requests("student-ft-1/model.safetensors")) == downloads

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -18,7 +19,7 @@ from support.slot_host import Host, ask
 
 from bt_ray.errors import InfrastructureError, StorageError
 from bt_ray.storage import Directory
-from bt_ray.weights import MANIFEST, Weights
+from bt_ray.weights import MANIFEST, Weights, fine_tuned
 
 
 def test_a_server_stays_up_through_a_training_and_swaps_there_and_back(host: Host) -> None:
@@ -128,6 +129,21 @@ def test_a_damaged_copy_on_a_nodes_disk_is_copied_again(host: Host) -> None:
     with pytest.raises(StorageError, match="is not as its training left it"):
         slot.serve(trained)
     assert ask(slot.serve(trained)) == "8"
+
+
+def test_weights_that_were_fetched_are_served_from_the_nodes_copy(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Directory(host.run_dir, in_place=False)
+    trained = host.train(host.slot(storage=storage))
+    monkeypatch.setenv("BT_RAY_CACHE", str(tmp_path / "another node"))
+    slot = host.slot(storage=storage)
+    slot.serve(host.base)
+    slot.fetch(trained)
+    shutil.rmtree(host.run_dir / trained.path)
+    assert ask(slot.serve(trained)) == "8"
+    with pytest.raises(StorageError, match="gone"):
+        slot.fetch(fine_tuned({"id": "gone", "parent": "base"}))
 
 
 def test_a_fresh_start_that_answers_otherwise_than_before_is_an_error(host: Host) -> None:

@@ -19,7 +19,8 @@ LAYERS: dict[str, set[str]] = {
     "storage": {"errors"},
     "state": {"errors", "events", "storage", "strategy"},
     "event_log": {"errors", "events", "storage"},
-    "placement": {"weights"},
+    "model_servers": {"weights"},
+    "placement": {"model_servers", "weights"},
     "config": {"errors", "storage", "weights"},
     "sweep_toml": {"config", "errors"},
     "results": {"errors", "storage", "strategy"},
@@ -79,8 +80,8 @@ LAYERS: dict[str, set[str]] = {
     "nodes": {"config", "preflight"},
     "claims": {"results"},
     "actors": {
-        "claims", "config", "errors", "events", "hosting", "nodes", "placement", "preflight", "results", "serving", "slot",
-        "storage", "training", "weights",
+        "claims", "config", "errors", "events", "hosting", "model_servers", "nodes", "placement", "preflight", "results",
+        "serving", "slot", "storage", "training", "weights",
     },
     "trial_setup": {
         "actors", "config", "errors", "fingerprint", "hosting", "lm", "node_disk", "one_core", "served_models", "storage",
@@ -94,7 +95,7 @@ LAYERS: dict[str, set[str]] = {
         "served_models", "spread_evaluation", "store", "strategy", "trial_setup",
     },
     "cluster": {
-        "actors", "config", "errors", "event_log", "events", "nodes", "placement", "preflight", "storage", "weights",
+        "actors", "config", "errors", "event_log", "events", "model_servers", "nodes", "preflight", "storage", "weights",
     },
     "tuning": {"errors", "events", "node_disk", "search_walk", "strategy", "trial", "trial_setup", "tune_loggers"},
     "driver": {

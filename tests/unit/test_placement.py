@@ -9,10 +9,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from bt_ray.placement import Action, Ask, Grant, Grow, Placement, Policy, Release, Revoke, Serve, Server, State, Stop
+from bt_ray.model_servers import Action, Ask, Fetch, Grant, Grow, Policy, Release, Revoke, Serve, Server, State, Stop
+from bt_ray.placement import Placement
 from bt_ray.weights import Weights
 
 A, A1, A2 = Weights("a", "a"), Weights("a-ft-1", "1", "a"), Weights("a-ft-2", "2", "a")
+A3, A4 = Weights("a-ft-3", "3", "a"), Weights("a-ft-4", "4", "a")
 B = Weights("b", "b")
 BIG, BIG1 = Weights("big-0", "big"), Weights("big-0-ft-1", "3", "big-0")
 """Of a model that may have slots of its own."""
@@ -24,9 +26,10 @@ X1, X2, X3 = (Weights(f"a-ft-x{n}", f"x{n}", "a", on=A) for n in (1, 2, 3))
 class Pool:
     """A placement, and a clock, with servers that do at once what they are told."""
 
-    def __init__(self, first: Weights | None = None, **policy: float) -> None:
+    def __init__(self, first: Weights | None = None, node: str | None = None, **policy: float) -> None:
         policies = {"": Policy(**{"limit": 1, "turn_s": 60, "patience_s": 30, **policy})}  # type: ignore[arg-type]
         self.placement = Placement(policies, {"": first} if first else None)
+        self.node = node
         self.now = 0.0
         self.numbers = itertools.count(1)
         self.done: list[Action] = []
@@ -37,8 +40,8 @@ class Pool:
         self.settle()
         return lease
 
-    def end(self, lease: int) -> None:
-        self.placement.ended(lease, self.now)
+    def end(self, lease: int, made: Weights | None = None) -> None:
+        self.placement.ended(lease, self.now, made)
         self.settle()
 
     def settle(self, seconds: float = 0) -> None:
@@ -48,7 +51,7 @@ class Pool:
             for action in actions:
                 match action:
                     case Grow(number):
-                        self.placement.placed(number, self.now)
+                        self.placement.placed(number, self.now, self.node)
                     case Serve(number):
                         self.placement.served(number, self.now)
                     case Stop(number):
@@ -60,6 +63,9 @@ class Pool:
 
     def served(self) -> list[tuple[int, str]]:
         return [(action.server, action.weights.id) for action in self.done if isinstance(action, Serve)]
+
+    def fetched(self) -> list[tuple[int, Weights]]:
+        return [(action.server, action.weights) for action in self.done if isinstance(action, Fetch)]
 
 
 def test_a_free_server_that_serves_the_weights_is_preferred() -> None:
@@ -249,6 +255,57 @@ def test_a_server_that_would_end_with_the_first_training_is_not_started_ahead_bu
     pool.end(training)
     assert pool.server_of(pool.ask(A)) == 0
     assert pool.served() == [(0, "a")]
+
+
+def test_weights_that_are_waited_for_are_fetched_once_to_the_server_that_has_its_work_longest() -> None:
+    pool = Pool(limit=3)
+    training, first, second = pool.ask(A, exclusive=True), pool.ask(A), pool.ask(B)
+    servers = [pool.server_of(lease) for lease in (training, first, second)]
+    pool.ask(A1, exclusive=True)
+    pool.ask(A2, exclusive=True)
+    pool.ask(A1, exclusive=True)
+    assert pool.fetched() == [(servers[1], A1), (servers[2], A2)], "requests end before trainings"
+    pool.ask(A3, exclusive=True)
+    pool.ask(A4, exclusive=True)
+    pool.ask(B, exclusive=True)
+    assert pool.fetched()[2:] == [(servers[0], A3)], "there is no server left for the fourth, and a base needs none"
+    pool.end(second)
+    assert pool.server_of(second + 1) == servers[2], "whoever waits longest gets what is free, wherever the copies are"
+
+
+def test_weights_are_not_fetched_to_a_node_that_has_them() -> None:
+    pool = Pool(limit=2, node="one")
+    training = pool.ask(A, exclusive=True)
+    pool.end(training, made=A1)
+    held = [pool.ask(A, exclusive=True), pool.ask(A, exclusive=True)]
+    waiting = pool.ask(A1)
+    assert pool.fetched() == []
+    pool.end(held[0])
+    assert pool.server_of(waiting) is not None
+
+
+def test_weights_are_fetched_anew_when_the_server_is_lost_that_they_were_fetched_for() -> None:
+    pool = Pool(limit=2)
+    held = [pool.ask(A, exclusive=True), pool.ask(A, exclusive=True)]
+    pool.ask(A1)
+    first = pool.server_of(held[0])
+    assert pool.fetched() == [(first, A1)]
+    pool.placement.policies = {"": Policy(limit=1)}
+    assert first is not None
+    pool.placement.died(first)
+    pool.settle()
+    assert pool.fetched()[1:] == [(pool.server_of(held[1]), A1)]
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_of_free_servers_one_goes_first_whose_node_has_the_weights(exclusive: bool) -> None:
+    pool = Pool(limit=3)
+    trainings = [pool.ask(A, exclusive=True) for _ in range(3)]
+    servers = [pool.server_of(lease) for lease in trainings]
+    for lease, made in zip(trainings, (A1, A2, A3), strict=True):
+        pool.end(lease, made=made)
+    assert pool.server_of(pool.ask(A3, exclusive=exclusive)) == servers[2]
+    assert pool.server_of(pool.ask(A2, exclusive=exclusive)) == servers[1]
 
 
 def test_idle_servers_go_until_the_minimum_is_left() -> None:

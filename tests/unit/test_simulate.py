@@ -55,6 +55,15 @@ def test_slots_that_are_lost_cost_what_was_under_way_and_nothing_else() -> None:
     assert lost.busy_seconds - kept.busy_seconds <= lost.lost * 200, "at most the time since the last checkpoint"
 
 
+def test_fetching_costs_nothing_on_the_node_that_trained_and_less_when_it_is_done_ahead() -> None:
+    alone = [Simulation(["w -> p"], 1, replace(EXACT, fetch=fetch), Switches()).run().makespan for fetch in (0, 50)]
+    assert alone[0] == alone[1]
+    ahead, late = (
+        Simulation(ALL, 4, replace(EXACT, fetch=50), Switches(fetches_ahead=each)).run() for each in (True, False)
+    )
+    assert ahead.makespan < late.makespan
+
+
 def test_slots_that_are_asked_for_as_they_are_wanted_idle_less() -> None:
     grown, held = (Simulation(ALL, 8, EXACT, Switches(grows=grows, idle_timeout_s=20)).run() for grows in (True, False))
     assert grown.slot_seconds < held.slot_seconds
