@@ -93,8 +93,8 @@ def opened_pool(
     from huggingface_hub import get_token
 
     from bt_ray.actors.server_pool import ServerPool, ServerSettings
-    from bt_ray.model_servers import Policy
     from bt_ray.nodes import beside_the_driver, node_resources
+    from bt_ray.placement_state import Policy
 
     nodes = node_resources()
     for warning in check_resources(config, nodes, needed):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bt_ray.errors import StorageError
 from bt_ray.node_disk import CACHE_VARIABLE, node_cache
-from bt_ray.storage import Storage
+from bt_ray.storage import PART, Storage, remove_parts
 from bt_ray.weights import MANIFEST, WEIGHTS, Weights, file_digests
 
 RESERVE = 0.05
@@ -100,6 +100,7 @@ class NodeWeights:
             while not (folder / MANIFEST).is_file():
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not (folder / MANIFEST).is_file():
+                    remove_parts(folder)
                     self._make_room(self._storage.size(weights.path))
                     self._storage.download(weights.path, folder)
                     if not (folder / MANIFEST).is_file():
@@ -112,27 +113,37 @@ class NodeWeights:
         return StorageError(f"The weights {weights.path} in {self._storage.location} are gone.")
 
     def _make_room(self, size: int) -> None:
-        """Remove copies that nobody uses until `size` bytes fit.
+        """Remove what was left of copies that were cut off, and copies that nobody uses until `size` bytes fit.
 
         Raises:
             StorageError: They do not, whatever is removed.
         """
         copies = self._copies
-        disk = shutil.disk_usage(copies)
-        wanted = size + RESERVE * disk.total
-        unused = sorted((f for f in copies.iterdir() if not f.name.startswith(".")), key=lambda f: f.stat().st_mtime)
-        for folder in unused:
+        wanted = size + RESERVE * shutil.disk_usage(copies).total
+        for weights_id in {part[1] for path in copies.iterdir() if (part := PART.fullmatch(path.name))}:
+            with self._unused(weights_id) as unused:
+                if unused:
+                    remove_parts(copies / weights_id)
+        for folder in sorted((f for f in copies.iterdir() if not f.name.startswith(".")), key=lambda f: f.stat().st_mtime):
             if shutil.disk_usage(copies).free >= wanted:
                 return
-            with folder.with_name(f".{folder.name}.lock").open("w") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
-                (folder / MANIFEST).unlink(missing_ok=True)
-                shutil.rmtree(folder, ignore_errors=True)
+            with self._unused(folder.name) as unused:
+                if unused:
+                    (folder / MANIFEST).unlink(missing_ok=True)
+                    shutil.rmtree(folder, ignore_errors=True)
         if shutil.disk_usage(copies).free < size:
             raise StorageError(
                 f"{copies} has {shutil.disk_usage(copies).free / 1e9:.1f} GB free, the weights need {size / 1e9:.1f} GB. "
                 f"Free some space, or name a folder on another disk in {CACHE_VARIABLE}."
             )
+
+    @contextmanager
+    def _unused(self, weights_id: str) -> Iterator[bool]:
+        """Whether nobody uses or makes a copy; nobody does in the context, if so."""
+        with (self._copies / f".{weights_id}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from bt_ray.model_servers import (
+from bt_ray.placement_state import (
     Action,
     Ask,
     Copies,
@@ -50,8 +50,6 @@ class Placement:
         self.servers: dict[int, Server] = {}
         self.waiting: list[Ask] = []
         self._copies = Copies()
-        self._ahead: dict[str, int] = {}
-        """The servers for which weights that are waited for were fetched, by the weights' ids."""
         self._numbers = 0
         self._actions: list[Action] = []
 
@@ -82,10 +80,12 @@ class Placement:
                 server.granted.discard(lease)
                 server.idle_since = now
             if server.training is not None and server.training.lease == lease:
+                if made is not None:
+                    self._copies.add(server.node, server.training.weights, made)
+                else:
+                    self._copies.drop(server.node, server.training.weights)
                 server.training = None
                 server.idle_since = now
-                if made is not None:
-                    self._copies.add(server.node, made)
 
     def holder_died(self, holder: str, now: float) -> None:
         """All that a holder has, and waits for, has ended; its training is to be stopped."""
@@ -115,6 +115,7 @@ class Placement:
         if (server := self.servers.get(number)) is not None and server.state is State.CHANGING:
             server.state, server.idle_since = State.READY, now
             server.incarnation += 1
+            self._copies.add(server.node, *server.serving.values())
             if not server.granted:  # else a turn goes on
                 server.since = now
 
@@ -122,10 +123,18 @@ class Placement:
         """A server could not be brought to serve what it was to serve. Returns the leases that fail with it."""
         if (server := self.servers.get(number)) is None:
             return []
+        self._copies.drop(server.node, *server.serving.values())
         server.state, server.idle_since = State.READY, now
         server.serving, server.base = {}, None
         server.incarnation += 1
         return server.drop_leases()
+
+    def fetched(self, number: int, weights: Weights, *, whole: bool) -> None:
+        """Weights that were to be copied to a server's node are there, or could not be had."""
+        if (server := self.servers.get(number)) is not None:
+            server.fetching, server.fetches = None, whole
+            if whole:
+                self._copies.add(server.node, weights)
 
     def lost(self, number: int, incarnation: int) -> None:
         """A holder could not reach a server, as it was at that time. It is looked at, and brought back."""
@@ -222,7 +231,7 @@ class Placement:
             """Sorts first the server that others miss the least."""
             missed_there = sum(missed.get(weights_id, 0) for weights_id in server.serving)
             ends = server.base is not None and not self.policies[server.slots].stays_up
-            return (missed_there, not self._copies.has(server.node, ask.weights), ends, server.idle_since)
+            return (missed_there, not self._at_hand(server, ask.weights), ends, server.idle_since)
 
         impatient = not among.may_grow or now - ask.since >= self.policies[self._slots(ask.weights)].patience_s
         turn_over = among.turn_over if impatient else []
@@ -261,7 +270,6 @@ class Placement:
             self._actions += [Revoke(dropped, server.number) for dropped in server.drop_leases()]
         if ask.exclusive:
             server.training, server.serving = ask, {}
-            self._copies.add(server.node, ask.weights)
             if not self.policies[server.slots].stays_up:
                 server.base = None
             self._actions.append(Grant(ask, server.number))
@@ -275,7 +283,6 @@ class Placement:
             beside = (*beside, weights.on)
         server.state, server.base = State.CHANGING, weights.base
         server.serving = {served.id: served for served in (weights, *beside)}
-        self._copies.add(server.node, weights, *beside)
         self._actions.append(Serve(server.number, weights, beside))
 
     def _may_grow(self, slots: str) -> bool:
@@ -305,21 +312,24 @@ class Placement:
                 self._serve(server, weights)
 
     def _fetch_ahead(self) -> None:
-        """Have weights that are waited for copied to where they should be used: by the server that has its work longest."""
-        waited_for = {ask.weights.id: ask.weights for ask in self.waiting if ask.weights.parent is not None}
-        self._ahead = {w: number for w, number in self._ahead.items() if w in waited_for and number in self.servers}
-        for slots in {self._slots(weights) for weights in waited_for.values() if weights.id not in self._ahead}:
-            missing = [w for w in waited_for.values() if w.id not in self._ahead and self._slots(w) == slots]
-            taken = set(self._ahead.values())
-            busy = [
-                s for s in self.servers.values() if s.slots == slots and s.work and not s.leaving and s.number not in taken
-            ]
+        """Have weights that are waited for copied to the nodes of the servers that are next in line for them.
+
+        First in line are new servers, which need nothing ahead; then those that have their work longest, trainings last.
+        """
+        for slots in {self._slots(ask.weights) for ask in self.waiting}:
+            there = [server for server in self.servers.values() if server.slots == slots and not server.leaving]
+            placing = sum(server.state is State.PLACING for server in there)
+            busy = [server for server in there if server.work]
             busy.sort(key=lambda server: (server.training is not None, min(server.work)))
-            for weights, server in zip(missing, busy, strict=False):
-                self._ahead[weights.id] = server.number
-                if not self._copies.has(server.node, weights):
-                    self._copies.add(server.node, weights)
+            waited_for = list({ask.weights.id: ask.weights for ask in self.waiting_for(slots)}.values())
+            for weights, server in zip(waited_for[placing:], busy, strict=False):
+                if server.fetches and server.fetching is None and not self._at_hand(server, weights):
+                    server.fetching = weights
                     self._actions.append(Fetch(server.number, weights))
+
+    def _at_hand(self, server: Server, weights: Weights) -> bool:
+        """Whether a server's node has a copy of the weights, or is getting one."""
+        return server.fetching == weights or self._copies.has(server.node, weights)
 
     def _release_leaving(self) -> None:
         """A server whose node is going away is of no use any more when nothing is on it."""

@@ -6,6 +6,7 @@ was told) asks for `folder`, which only a filesystem has.
 
 import json
 import os
+import re
 import shutil
 import uuid
 from abc import ABC, abstractmethod
@@ -19,6 +20,8 @@ from urllib.parse import urlsplit, urlunsplit
 from bt_ray.errors import ConfigError, StorageError
 
 OBJECT_STORES = ("s3", "gs", "gcs")
+PART = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part")
+"""The name of what is not whole yet, as `_part_of` makes it: of what it is a part."""
 MOUNTS = Path("/proc/self/mountinfo")
 NETWORK_FILESYSTEMS = {
     "nfs",
@@ -363,6 +366,13 @@ def on_own_disk(path: Path) -> bool:
 def _part_of(path: Path) -> Path:
     """A new name beside `path` for what is not whole yet."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+
+
+def remove_parts(path: Path) -> None:
+    """Remove what was left beside `path` when its making was cut off. For whoever knows that nobody makes it now."""
+    for beside in path.parent.iterdir():
+        if (part := PART.fullmatch(beside.name)) and part[1] == path.name:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def _copy_whole(source: Path, target: Path) -> None:

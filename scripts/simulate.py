@@ -194,7 +194,9 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=3, help="of the strategies (default: %(default)s)")
     parser.add_argument("--slots", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--seeds", type=int, default=5, help="sweeps for each line, of which it shows medians")
-    parser.add_argument("--like", type=Path, metavar="RUN_DIR", help="take the times from a finished sweep")
+    parser.add_argument(
+        "--like", type=Path, metavar="RUN_DIR", help="take the times from a finished sweep; its swaps include fetching"
+    )
     parser.add_argument("--compare", action="store_true", help="compare the ways to run a sweep")
     parser.add_argument("--gpu-hour-price", type=float, help="of a slot; adds the cost")
     parser.add_argument("--html", type=Path, help="write a page with what they say, plots and the table to this file")

@@ -98,12 +98,12 @@ class LeasedModels:
         check_trainable(self._config.server.of(parent.model), train)
         self.give_back()
         lease = self._ask_pool(parent, exclusive=True)
+        made = None
         try:
             trained: Weights = ask(lease.actor.train, parent, list(conversations), train, self._config.seed)
-        except BaseException:
-            self._end([lease])
-            raise
-        self._end([lease], made=trained)
+            made = trained
+        finally:
+            self._end([lease], made)
         self.weights[trained.id] = trained
         return trained
 

@@ -8,6 +8,7 @@ starts it again with nothing, and the trials ask anew: that costs a start of the
 import asyncio
 import contextlib
 import itertools
+import logging
 import secrets
 import time
 from collections import Counter, deque
@@ -26,12 +27,13 @@ from bt_ray.actors.model_server import ModelServer, Served, actor_options
 from bt_ray.config import ServerConfig
 from bt_ray.errors import BtRayError, InfrastructureError, ServerError
 from bt_ray.events import LeaseChanged, ServerDid
-from bt_ray.model_servers import Action, Ask, Fetch, Grant, Grow, Policy, Release, Revoke, Serve, State, Stop
 from bt_ray.nodes import draining_nodes
 from bt_ray.placement import Placement
+from bt_ray.placement_state import Action, Ask, Fetch, Grant, Grow, Policy, Release, Revoke, Serve, State, Stop
 from bt_ray.serving.server import Endpoint
 from bt_ray.weights import Weights
 
+logger = logging.getLogger(__name__)
 TICK_S, DRAIN_S = 1.0, 5.0
 STATUS_S = 10.0
 DRAINED = "its node is being drained"
@@ -98,7 +100,7 @@ class ServerPool:
         self._events: deque[tuple[int, LeaseChanged | ServerDid]] = deque()
         self._event_numbers = itertools.count(1)
         self._metrics = PoolMetrics(settings.run_dir)
-        self._open = False
+        self._open = self._closed = False
 
     async def ask(
         self,
@@ -176,6 +178,7 @@ class ServerPool:
 
     async def close(self) -> None:
         """End all servers."""
+        self._closed = True
         actors = dict(self._actors)
         self._actors.clear()
         await asyncio.gather(*(self._close(actor) for actor in actors.values()))
@@ -221,6 +224,8 @@ class ServerPool:
             self._decide()
 
     def _decide(self) -> None:
+        if self._closed:  # the actors that the placement speaks of are gone
+            return
         for action in self._placement.decide(time.monotonic()):
             self._carry_out(action)
         self._metrics.servers(Counter(server.state.value for server in self._placement.servers.values()))
@@ -235,7 +240,7 @@ class ServerPool:
             case Serve(number, weights, beside):
                 self._run(self._serve(number, self._actors[number], weights, beside))
             case Fetch(number, weights):
-                self._run(self._fetch(self._actors[number], weights))
+                self._run(self._fetch(number, self._actors[number], weights))
             case Grant(ask, number):
                 self._grant(ask, number)
             case Revoke(ask, number):
@@ -318,9 +323,15 @@ class ServerPool:
             self._placement.served(number, time.monotonic())
         self._decide()
 
-    async def _fetch(self, actor: "ActorHandle[Any]", weights: Weights) -> None:
-        with contextlib.suppress(RayError):  # whoever uses them there fetches them, and tells why they cannot be had
+    async def _fetch(self, number: int, actor: "ActorHandle[Any]", weights: Weights) -> None:
+        whole = False
+        try:
             await actor.fetch.remote(weights)
+            whole = True
+        except RayError as error:  # whoever uses them there fetches them, and fails if that fails again
+            logger.warning("Server %s: %s could not be fetched ahead: %s", number, weights.id, _reason(error))
+        self._placement.fetched(number, weights, whole=whole)
+        self._decide()
 
     def _grant(self, ask: Ask, number: int) -> None:
         server = self._placement.servers[number]

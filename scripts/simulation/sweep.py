@@ -11,8 +11,8 @@ from typing import Any
 import simpy
 
 from bt_ray.claims import ClaimTable
-from bt_ray.model_servers import Action, Ask, Fetch, Grant, Grow, Policy, Release, Revoke, Serve, Stop
 from bt_ray.placement import Placement
+from bt_ray.placement_state import Action, Ask, Fetch, Grant, Grow, Policy, Release, Revoke, Serve, Stop
 from bt_ray.strategy import BASELINE, SEPARATOR, all_prefixes, parent, prefixes, start_order
 from bt_ray.weights import Weights
 from simulation.schedules import lower_bound, trains
@@ -303,7 +303,7 @@ class Simulation:
         if trains(prefix):
             on = (weights.on or weights) if self.switches.adapters else None
             made = Weights(f"model-0-ft-{prefix.replace(SEPARATOR, '-')}", prefix, weights.id, on=on)
-            yield from self._train(holder, weights, made)
+            yield from self._train(holder, prefix, weights, made)
             weights = made
         elif prefix:
             work += self.drawn("prompt", prefix)
@@ -315,8 +315,8 @@ class Simulation:
             work = yield load.add(lease, work)
             self.placement.ended(lease, self.clock.now)
 
-    def _train(self, holder: str, parent_weights: Weights, made: Weights) -> Process:
-        left, whole = self.drawn("train", made.path), False
+    def _train(self, holder: str, prefix: str, parent_weights: Weights, made: Weights) -> Process:
+        left, whole = self.drawn("train", prefix), False
         while not whole:
             lease = self._ask(holder, parent_weights, exclusive=True)
             number = yield self._granted[lease]
@@ -361,8 +361,9 @@ class Simulation:
             case Serve(number, weights):
                 self._serve(number, weights)
             case Fetch(number, weights):
-                if self.switches.fetches_ahead:
-                    self._fetch(number, weights)
+                there = self._fetch(number, weights) if self.switches.fetches_ahead else 0.0
+                whole = self.switches.fetches_ahead
+                after(self.clock, there, lambda: self.placement.fetched(number, weights, whole=whole))
             case Grant(ask, number):
                 self._granted.pop(ask.lease).succeed(number)
             case Revoke(ask, number):

@@ -16,7 +16,8 @@ from support.processes import wait_for
 from support.scripted_model import write_model
 
 from bt_ray.config import make_config
-from bt_ray.model_servers import Policy
+from bt_ray.errors import TrainingError
+from bt_ray.placement_state import Policy
 from bt_ray.storage import open_storage
 from bt_ray.weights import MANIFEST, Weights, base_weights, fine_tuned
 
@@ -176,8 +177,47 @@ def test_weights_are_fetched_to_a_node_while_they_are_waited_for(
     training = ray.get(ask(pool, student, exclusive=True))
     waiting = ask(pool, fine_tuned(manifest))
     wait_for("the node's copy", (tmp_path / "node" / "weights" / "student-ft-1" / MANIFEST).is_file)
-    downloads = len(s3.requests("student-ft-1/model.safetensors"))
+    requests_before = len(s3.requests("student-ft-1/model.safetensors"))
     assert not ray.wait([waiting], timeout=0)[0]
     ray.get(pool.end.remote([training.number]))
     assert answer(ray.get(waiting), 4) == "8"
-    assert len(s3.requests("student-ft-1/model.safetensors")) == downloads
+    assert len(s3.requests("student-ft-1/model.safetensors")) == requests_before
+
+
+def test_a_training_tells_the_pool_what_it_made(settings: dict[str, Any], student: Weights, tmp_path: Path) -> None:
+    import ray
+
+    from bt_ray.actors.leased_models import LeasedModels
+    from bt_ray.actors.leases import Lease
+
+    made = fine_tuned({"id": "student-ft-1", "parent": student.id})
+
+    @ray.remote
+    class PoolAndServer:
+        """Grants a lease on itself, whose training fails or not, and notes how it ended."""
+
+        def __init__(self) -> None:
+            self.ends: list[tuple[list[int], Weights | None]] = []
+
+        def ask(self, *_: Any) -> Lease:
+            return Lease(7, 0, 0, None, ray.get_runtime_context().current_actor)
+
+        def train(self, parent: Weights, *_: Any) -> Weights:
+            if self.ends:
+                raise TrainingError("It died.")
+            return made
+
+        def end(self, leases: list[int], made: Weights | None) -> None:
+            self.ends.append((leases, made))
+
+        def ended(self) -> list[tuple[list[int], Weights | None]]:
+            return self.ends
+
+    pool = PoolAndServer.remote()  # type: ignore[attr-defined]
+    models = LeasedModels("test", pool, make_config(settings))
+    models.add(student)
+    assert models.finetune(student.id, [], {}) == made
+    with pytest.raises(TrainingError):
+        models.finetune(student.id, [], {})
+    models.close()
+    assert ray.get(pool.ended.remote()) == [([7], made), ([7], None)]

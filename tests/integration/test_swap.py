@@ -142,8 +142,8 @@ def test_weights_that_were_fetched_are_served_from_the_nodes_copy(
     slot.fetch(trained)
     shutil.rmtree(host.run_dir / trained.path)
     assert ask(slot.serve(trained)) == "8"
-    with pytest.raises(StorageError, match="gone"):
-        slot.fetch(fine_tuned({"id": "gone", "parent": "base"}))
+    with pytest.raises(StorageError, match="base-ft-lost"):
+        slot.fetch(fine_tuned({"id": "base-ft-lost", "parent": "base"}))
 
 
 def test_a_fresh_start_that_answers_otherwise_than_before_is_an_error(host: Host) -> None:

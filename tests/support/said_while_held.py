@@ -3,6 +3,7 @@
 A test has a copy of both files, and so decides how long requests are under way.
 """
 
+import contextlib
 import itertools
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,11 @@ class SaidWhileHeld(dspy.Module):
         self.say = say
 
     def forward(self, q: str) -> Any:
-        for number in itertools.takewhile(lambda _: HOLD.exists(), itertools.count()):
-            try:
+        for number in itertools.count():
+            if not HOLD.exists():
+                break
+            with contextlib.suppress(AdapterParseError):  # a model that was not trained says anything
                 self.say(q=f"{q} {number}")
-            except AdapterParseError:  # a model that was not trained says anything
-                continue
         return self.say(q=q)
 
 

@@ -19,8 +19,8 @@ LAYERS: dict[str, set[str]] = {
     "storage": {"errors"},
     "state": {"errors", "events", "storage", "strategy"},
     "event_log": {"errors", "events", "storage"},
-    "model_servers": {"weights"},
-    "placement": {"model_servers", "weights"},
+    "placement_state": {"weights"},
+    "placement": {"placement_state", "weights"},
     "config": {"errors", "storage", "weights"},
     "sweep_toml": {"config", "errors"},
     "results": {"errors", "storage", "strategy"},
@@ -80,7 +80,7 @@ LAYERS: dict[str, set[str]] = {
     "nodes": {"config", "preflight"},
     "claims": {"results"},
     "actors": {
-        "claims", "config", "errors", "events", "hosting", "model_servers", "nodes", "placement", "preflight", "results",
+        "claims", "config", "errors", "events", "hosting", "placement_state", "nodes", "placement", "preflight", "results",
         "serving", "slot", "storage", "training", "weights",
     },
     "trial_setup": {
@@ -95,7 +95,7 @@ LAYERS: dict[str, set[str]] = {
         "served_models", "spread_evaluation", "store", "strategy", "trial_setup",
     },
     "cluster": {
-        "actors", "config", "errors", "event_log", "events", "model_servers", "nodes", "preflight", "storage", "weights",
+        "actors", "config", "errors", "event_log", "events", "placement_state", "nodes", "preflight", "storage", "weights",
     },
     "tuning": {"errors", "events", "node_disk", "search_walk", "strategy", "trial", "trial_setup", "tune_loggers"},
     "driver": {

@@ -1,5 +1,6 @@
 """A node's copies of weights: made once, kept while in use, removed when the disk fills up."""
 
+import fcntl
 import json
 import shutil
 import threading
@@ -94,6 +95,18 @@ def test_copies_that_nobody_uses_make_room(tmp_path: Path, monkeypatch: pytest.M
             with pytest.raises(StorageError, match="BT_RAY_CACHE"), here.loadable(second):
                 pass
         assert content(in_use) == b"ft-1" * 1000
+
+
+def test_what_is_left_of_copies_that_were_cut_off_goes_but_not_what_is_under_way(tmp_path: Path) -> None:
+    storage = Directory(tmp_path / "run", in_place=False)
+    weights, copies = trained(storage, tmp_path, "ft-0.1"), tmp_path / "cache" / "weights"
+    for name in (".ft-0.1.0123abcd.part", ".ft-0.2.0123abcd.part", ".ft-0.3.0123abcd.part"):
+        (copies / name).mkdir(parents=True)
+    with (copies / ".ft-0.3.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with node(storage, tmp_path / "cache").loadable(weights) as loadable:
+            assert content(loadable) == b"ft-0.1" * 1000
+    assert [part.name for part in copies.glob(".*.part")] == [".ft-0.3.0123abcd.part"]
 
 
 def test_what_a_training_left_counts_for_all_nodes(storage: Storage, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from bt_ray.model_servers import Action, Ask, Fetch, Grant, Grow, Policy, Release, Revoke, Serve, Server, State, Stop
 from bt_ray.placement import Placement
+from bt_ray.placement_state import Action, Ask, Fetch, Grant, Grow, Policy, Release, Revoke, Serve, Server, State, Stop
 from bt_ray.weights import Weights
 
 A, A1, A2 = Weights("a", "a"), Weights("a-ft-1", "1", "a"), Weights("a-ft-2", "2", "a")
@@ -54,6 +54,8 @@ class Pool:
                         self.placement.placed(number, self.now, self.node)
                     case Serve(number):
                         self.placement.served(number, self.now)
+                    case Fetch(number, weights):
+                        self.placement.fetched(number, weights, whole=True)
                     case Stop(number):
                         self.placement.stopped(number, self.now)
 
@@ -257,44 +259,46 @@ def test_a_server_that_would_end_with_the_first_training_is_not_started_ahead_bu
     assert pool.served() == [(0, "a")]
 
 
-def test_weights_that_are_waited_for_are_fetched_once_to_the_server_that_has_its_work_longest() -> None:
+def test_weights_that_are_waited_for_are_fetched_to_the_servers_that_are_next_in_line() -> None:
     pool = Pool(limit=3)
     training, first, second = pool.ask(A, exclusive=True), pool.ask(A), pool.ask(B)
     servers = [pool.server_of(lease) for lease in (training, first, second)]
-    pool.ask(A1, exclusive=True)
-    pool.ask(A2, exclusive=True)
-    pool.ask(A1, exclusive=True)
+    for weights in (A1, A2, A1):
+        pool.ask(weights, exclusive=True)
     assert pool.fetched() == [(servers[1], A1), (servers[2], A2)], "requests end before trainings"
-    pool.ask(A3, exclusive=True)
-    pool.ask(A4, exclusive=True)
-    pool.ask(B, exclusive=True)
-    assert pool.fetched()[2:] == [(servers[0], A3)], "there is no server left for the fourth, and a base needs none"
+    for weights in (A3, A4, B):
+        pool.ask(weights, exclusive=True)
+    assert pool.fetched()[2:] == [(servers[0], A3)], "there is no server for the fourth, and a base needs none"
     pool.end(second)
     assert pool.server_of(second + 1) == servers[2], "whoever waits longest gets what is free, wherever the copies are"
 
 
-def test_weights_are_not_fetched_to_a_node_that_has_them() -> None:
+def test_a_server_fetches_one_after_the_other_and_no_more_once_that_failed() -> None:
+    placement = Placement({"": Policy(limit=1)})
+    placement.placed(placement.grow(0).number, 0)
+    placement.asked(Ask(1, "x", A, True, 0))
+    placement.decide(0)
+    for lease, weights, expected in [(2, A1, [Fetch(0, A1)]), (3, A2, [])]:
+        placement.asked(Ask(lease, "x", weights, True, 0))
+        assert placement.decide(0) == expected
+        placement.ended(2, 0)
+    placement.fetched(0, A1, whole=True)
+    assert placement.decide(0) == [Fetch(0, A2)]
+    placement.fetched(0, A2, whole=False)
+    assert placement.decide(0) == []
+
+
+def test_weights_are_not_fetched_to_a_node_that_has_them_nor_while_a_new_server_comes() -> None:
     pool = Pool(limit=2, node="one")
-    training = pool.ask(A, exclusive=True)
-    pool.end(training, made=A1)
+    pool.end(pool.ask(A, exclusive=True), made=A1)
     held = [pool.ask(A, exclusive=True), pool.ask(A, exclusive=True)]
     waiting = pool.ask(A1)
     assert pool.fetched() == []
     pool.end(held[0])
     assert pool.server_of(waiting) is not None
-
-
-def test_weights_are_fetched_anew_when_the_server_is_lost_that_they_were_fetched_for() -> None:
-    pool = Pool(limit=2)
-    held = [pool.ask(A, exclusive=True), pool.ask(A, exclusive=True)]
-    pool.ask(A1)
-    first = pool.server_of(held[0])
-    assert pool.fetched() == [(first, A1)]
-    pool.placement.policies = {"": Policy(limit=1)}
-    assert first is not None
-    pool.placement.died(first)
-    pool.settle()
-    assert pool.fetched()[1:] == [(pool.server_of(held[1]), A1)]
+    pool.placement.policies = {"": Policy(limit=3)}
+    pool.placement.asked(Ask(100, "x", A2, True, pool.now))
+    assert [type(action) for action in pool.placement.decide(pool.now)] == [Grow]
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
@@ -306,6 +310,28 @@ def test_of_free_servers_one_goes_first_whose_node_has_the_weights(exclusive: bo
         pool.end(lease, made=made)
     assert pool.server_of(pool.ask(A3, exclusive=exclusive)) == servers[2]
     assert pool.server_of(pool.ask(A2, exclusive=exclusive)) == servers[1]
+
+
+def test_what_failed_on_one_node_is_tried_on_another() -> None:
+    pool = Pool(limit=2)
+    for lease in [pool.ask(A, exclusive=True), pool.ask(A, exclusive=True)]:
+        pool.end(lease, made=A1)
+    tried = []
+    for _ in range(2):
+        training = pool.ask(A1, exclusive=True)
+        tried.append(pool.server_of(training))
+        pool.now += 1
+        pool.end(training)
+    assert set(tried) == {0, 1}, "a training"
+    tried = []
+    for _ in range(2):
+        pool.placement.asked(Ask(100 + len(tried), "x", A1, False, pool.now))
+        (serve,) = pool.placement.decide(pool.now)
+        assert isinstance(serve, Serve)
+        pool.now += 1
+        pool.placement.failed(serve.server, pool.now)
+        tried.append(serve.server)
+    assert set(tried) == {0, 1}, "a server"
 
 
 def test_idle_servers_go_until_the_minimum_is_left() -> None:
@@ -402,6 +428,7 @@ class RandomEvents(RuleBasedStateMachine):
         self.asked: dict[int, Ask] = {}
         self.ended: set[int] = set()
         self.granted: dict[int, int] = {}
+        self.fetching: list[Server] = []
 
     def decide(self) -> None:
         for action in self.placement.decide(self.now):
@@ -421,6 +448,13 @@ class RandomEvents(RuleBasedStateMachine):
                     assert server.training is None, "nobody swaps under a training"
                     served = {weights.id, *(other.id for other in beside)}
                     assert {ask.weights.id for ask in server.leases.values()} <= served, "nobody loses what its lease is for"
+                case Fetch(number, weights):
+                    server = self.placement.servers[number]
+                    assert server.work, "nothing is fetched ahead to a server that is free"
+                    assert not server.leaving
+                    assert weights.id in {ask.weights.id for ask in self.placement.waiting}
+                    assert server not in self.fetching, "one at a time"
+                    self.fetching.append(server)
                 case Stop(number) | Grow(number):
                     assert number in self.placement.servers
                 case Release(number):
@@ -448,7 +482,14 @@ class RandomEvents(RuleBasedStateMachine):
     def end(self, data: st.DataObject) -> None:
         lease = data.draw(st.sampled_from(sorted(self.asked)))
         self.ended.add(lease)
-        self.placement.ended(lease, self.now)
+        self.placement.ended(lease, self.now, data.draw(st.sampled_from([None, *self.weights])))
+        self.decide()
+
+    @precondition(lambda self: self.fetching)
+    @rule(whole=st.booleans())
+    def fetched(self, whole: bool) -> None:
+        server = self.fetching.pop(0)
+        self.placement.fetched(server.number, server.fetching or A1, whole=whole)
         self.decide()
 
     @rule(holder=st.sampled_from("xyz"))
@@ -463,7 +504,7 @@ class RandomEvents(RuleBasedStateMachine):
         number = data.draw(st.sampled_from(sorted(self.placement.servers)))
         match self.placement.servers[number].state:
             case State.PLACING:
-                self.placement.placed(number, self.now)
+                self.placement.placed(number, self.now, f"node {number % 2}")
             case State.CHANGING if fails:
                 self.ended |= {ask.lease for ask in self.placement.failed(number, self.now)}
             case State.CHANGING:

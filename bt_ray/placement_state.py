@@ -1,4 +1,4 @@
-"""Model servers as the pool's decisions see them: what is asked of them, what they do, and what they are told to do."""
+"""What `bt_ray.placement` decides about: model servers, the leases that are asked for, and what servers are told to do."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -76,6 +76,8 @@ class Server:
         idle_since: When its last lease ended.
         leaving: Whether its node is going away: it gets no further lease, and ends with its last.
         node: Where it is, once it is placed.
+        fetching: The weights that are being copied to its node, ahead of their use.
+        fetches: Whether that is done; not any more once it failed.
     """
 
     number: int
@@ -91,10 +93,12 @@ class Server:
     idle_since: float = 0.0
     leaving: bool = False
     node: str = ""
+    fetching: Weights | None = None
+    fetches: bool = True
 
     @property
     def empty(self) -> bool:
-        return self.state is State.READY and not self.leases and self.training is None
+        return self.state is State.READY and not self.work
 
     @property
     def free(self) -> bool:
@@ -137,7 +141,7 @@ class Serve:
 
 @dataclass(frozen=True)
 class Fetch:
-    """Copy weights to a server's node, ahead of their use there. Nothing is told."""
+    """Copy weights to a server's node, ahead of their use there. Tell `fetched`."""
 
     server: int
     weights: Weights
@@ -178,14 +182,18 @@ Action = Grow | Serve | Fetch | Grant | Revoke | Stop | Release
 
 
 class Copies:
-    """Which fine-tunes a node has on its disk, or is about to have. A hint: a copy may have made room for others."""
+    """Which fine-tunes a node is known to have on its disk. A hint: a copy may have made room for others."""
 
     def __init__(self) -> None:
         self._on: defaultdict[str, set[str]] = defaultdict(set)
 
     def add(self, node: str, *weights: Weights) -> None:
-        self._on[node].update(each.id for each in weights)
+        self._on[node].update(each.id for each in weights if each.parent is not None)
+
+    def drop(self, node: str, *weights: Weights) -> None:
+        """Forget copies, so that what failed with them on this node is tried elsewhere."""
+        self._on[node].difference_update(each.id for each in weights)
 
     def has(self, node: str, weights: Weights) -> bool:
         """True of base models, which are nobody's to copy."""
-        return weights.parent is None or weights.id in self._on[node]
+        return weights.parent is None or weights.id in self._on.get(node, ())
