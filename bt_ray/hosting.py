@@ -54,8 +54,11 @@ class NoModels:
         reason: What to say to whoever asks for one.
     """
 
+    urgency = 0
+
     def __init__(self, reason: str) -> None:
         self._reason = reason
+        self.weights: dict[str, Weights] = {}
 
     @contextmanager
     def request(self, weights_id: str) -> Iterator[Endpoint]:

@@ -55,6 +55,7 @@ class KeptSteps:
         program: The task's program, with LMs assigned; it is copied.
         models: Makes the LMs of earlier steps' weights.
         give_back: Gives the trial's servers back, before it waits for another's step.
+        on_claim: Told when it is this trial that computes a step.
         on_step: Told of each step, and whether it was loaded.
     """
 
@@ -67,6 +68,7 @@ class KeptSteps:
         models: ServedModels,
         *,
         give_back: Callable[[], None],
+        on_claim: Callable[[str], None],
         on_step: Callable[[FinishedStep, bool], None],
     ) -> None:
         self._store = store
@@ -75,6 +77,7 @@ class KeptSteps:
         self._program = program.deepcopy()
         self._models = models
         self._give_back = give_back
+        self._on_claim = on_claim
         self._on_step = on_step
 
     @contextmanager
@@ -95,6 +98,8 @@ class KeptSteps:
             claim = KeptClaim(self, key, fence)
             if fence is None:
                 claim.finished = self._outcome(self._finished(key), loaded=True)
+            else:
+                self._on_claim(prefix)
             yield claim
         except Exception as error:
             if side_of(error) is Side.INFRASTRUCTURE:

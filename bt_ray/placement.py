@@ -3,8 +3,9 @@
 Whoever owns the servers tells it what happened (`asked`, `ended`, `placed`, `served`, ...) and asks `decide` what to do
 next. It knows no Ray, no clock and no process; `bt_ray.actors.server_pool` carries its actions out.
 
-A lease is shared, for requests to given weights, or exclusive, for a training. Leases are granted in the order in which
-they were asked for, except that one which is no burden to those before it need not wait for them. The preference is: a free
+A lease is shared, for requests to given weights, or exclusive, for a training. First come leases for the steps with the
+most steps after them, trainings before requests, then those that were asked for first; but one which is no burden to those
+before it need not wait for them. The preference is: a free
 server that serves the weights already; a free one with the same base (a swap); one that is being started with them, for
 nobody yet; one with no model in it (a start); growth up to the limit; a free one with another base (a relaunch); sharing;
 else a server whose turn is over is taken back from its shared leases, between two requests, so that nobody waits for ever.
@@ -64,7 +65,7 @@ class Placement:
     def asked(self, ask: Ask) -> None:
         """A lease is wanted."""
         self.waiting.append(ask)
-        self.waiting.sort(key=lambda ask: ask.lease)
+        self.waiting.sort(key=lambda ask: ask.turn)
 
     def ended(self, lease: int, now: float, made: Weights | None = None) -> None:
         """A lease was given back, or is not wanted any more. Harmless when it has ended before.
@@ -293,7 +294,7 @@ class Placement:
         """Leases on a server that were not granted yet wait again."""
         for lease in server.leases.keys() - server.granted:
             self.waiting.append(server.leases.pop(lease))
-        self.waiting.sort(key=lambda ask: ask.lease)
+        self.waiting.sort(key=lambda ask: ask.turn)
 
     def _start_ahead(self) -> None:
         """Start what is wanted at first in servers that nobody has used yet: in one, and when that is up, in the others.

@@ -40,6 +40,7 @@ class Ask:
         weights: What requests will ask for, or what a training starts from.
         exclusive: Whether it is for a training.
         since: When it was asked for, in seconds.
+        urgency: How many steps, one after the other, begin with the one that it is for.
     """
 
     lease: int
@@ -47,6 +48,12 @@ class Ask:
     weights: Weights
     exclusive: bool
     since: float
+    urgency: int = 0
+
+    @property
+    def turn(self) -> tuple[int, bool, int]:
+        """Sorts asks: the longest way to go first, trainings before requests, then as they were asked for."""
+        return (-self.urgency, not self.exclusive, self.lease)
 
 
 class State(Enum):

@@ -83,8 +83,16 @@ class EvaluatingProcess:
         self._evaluator = LocalEvaluator(task.metric, self._models.engine.latch)
         self._evaluations = 0
 
-    def scores(self, saved: SavedProgram, examples: "Sequence[dspy.Example]", limits: "Limits") -> "tuple[Scores, Usage]":
+    def scores(
+        self, saved: SavedProgram, examples: "Sequence[dspy.Example]", limits: "Limits", urgency: int
+    ) -> "tuple[Scores, Usage]":
         """The scores of these examples, and what their answers took.
+
+        Args:
+            saved: The program.
+            examples: The examples.
+            limits: As `bt_ray.evaluation.Evaluator` has them.
+            urgency: Of the trial's leases.
 
         Raises:
             BtRayError: As `bt_ray.evaluation.Evaluator`.
@@ -95,6 +103,7 @@ class EvaluatingProcess:
 
         engine, program = self._models.engine, saved.rebuilt(self._program, self._models)
         engine.latch.release()
+        self._hosted.urgency = urgency
         self._evaluations += 1
         engine.step, before = str(self._evaluations), engine.usage
         try:
@@ -132,8 +141,7 @@ def opened_evaluator(
     if setup.config.trial.processes == 1:
         yield own
         return
-    known = hosted.weights if setup.pool is not None else {}
-    spread_over_all = SpreadEvaluator(own, task.program, models, setup, name=name, folder=folder, known=known)
+    spread_over_all = SpreadEvaluator(own, task.program, models, setup, name=name, folder=folder, hosted=hosted)
     try:
         yield spread_over_all
     finally:
@@ -150,7 +158,7 @@ class SpreadEvaluator:
         setup: What the trial knows.
         name: The trial's name, for the pool.
         folder: The trial's folder below the run directory.
-        known: The weights that this process knows, by id.
+        hosted: Hosts the models of this process.
     """
 
     def __init__(
@@ -162,9 +170,9 @@ class SpreadEvaluator:
         *,
         name: str,
         folder: str,
-        known: Mapping[str, Weights],
+        hosted: Any,
     ) -> None:
-        self._own, self._models, self._setup, self._known = own, models, setup, known
+        self._own, self._models, self._setup, self._hosted = own, models, setup, hosted
         self._program = program.deepcopy()
         self._name, self._folder = name, folder
         self._others: list[Any] = []
@@ -177,11 +185,11 @@ class SpreadEvaluator:
         parts = spread(examples, 1 + len(self._others))
         threads = shares(limits.num_threads or self._setup.config.num_threads, len(parts))
         bounds = [replace(limits, num_threads=share) for share in threads]
-        saved = SavedProgram.of(program, self._known)
+        saved = SavedProgram.of(program, self._hosted.weights)
         own = saved.rebuilt(self._program, self._models)  # what is not in the state would be evaluated here alone
         try:
             asked = [
-                other.scores.remote(saved, part, bound)
+                other.scores.remote(saved, part, bound, self._hosted.urgency)
                 for other, part, bound in zip(self._others, parts[1:], bounds[1:], strict=False)
             ]
             found = [self._own.scores(own, parts[0], bounds[0])]

@@ -66,6 +66,20 @@ def all_prefixes(strategies: Iterable[str]) -> list[str]:
     return sorted(dict.fromkeys(prefix for strategy in strategies for prefix in prefixes(strategy)), key=length)
 
 
+def steps_to_come(steps: Iterable[str]) -> dict[str, int]:
+    """How many of these steps the longest strategy through each of them has from there on, itself included.
+
+    Args:
+        steps: The steps of some strategies, each with all before it.
+    """
+    found: dict[str, int] = {}
+    for step in sorted(steps, key=length, reverse=True):
+        found[step] = max(1, found.get(step, 0))
+        if step != BASELINE:
+            found[parent(step)] = max(found.get(parent(step), 0), found[step] + 1)
+    return found
+
+
 def every(optimizers: Sequence[str], max_length: int) -> list[str]:
     """Every strategy of these optimizers, shorter ones first."""
     lengths = range(1, max_length + 1)

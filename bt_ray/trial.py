@@ -25,7 +25,7 @@ from bt_ray.mlflow_runs import traced
 from bt_ray.results import Candidate, StepFailure, failure_of
 from bt_ray.spread_evaluation import opened_evaluator
 from bt_ray.store import FinishedStep
-from bt_ray.strategy import BASELINE, SEPARATOR
+from bt_ray.strategy import BASELINE, SEPARATOR, steps_to_come
 from bt_ray.trial_setup import LOG, TrialSetup, dspy_settings, log_file, student, work_folder
 
 logger = logging.getLogger(__name__)
@@ -67,11 +67,15 @@ def _walk(strategy: str, setup: TrialSetup, folder: str, work_folder: Path, repo
     from bt_ray.kept_steps import KeptSteps
     from bt_ray.lm import student_lm
 
-    config, name = setup.config, f"trial {strategy}"
+    config, name, to_come = setup.config, f"trial {strategy}", steps_to_come(setup.keys)
     with (
         student(setup, name, config.num_threads) as (task, models, hosted),
         opened_evaluator(setup, task, models, hosted, name=name, folder=folder) as evaluator,
     ):
+
+        def on_claim(prefix: str) -> None:
+            hosted.urgency = to_come[prefix]
+
         steps = KeptSteps(
             setup.store,
             RemoteClaims(setup.claims),
@@ -79,6 +83,7 @@ def _walk(strategy: str, setup: TrialSetup, folder: str, work_folder: Path, repo
             task.program,
             models,
             give_back=hosted.give_back,
+            on_claim=on_claim,
             on_step=reporter.report,
         )
         optimizer = SweepBetterTogether(

@@ -64,6 +64,7 @@ def measured(run_dir: Path) -> Times:
 COMPARED: dict[str, dict[str, Any]] = {
     "as shipped": {},
     "trials in the order given": {"in_start_order": False},
+    "no step is more urgent": {"longest_first": False},
     "one trial per slot": {"trials_per_slot": 1},
     "four trials per slot": {"trials_per_slot": 4},
     "turns of 10 s": {"turn_s": 10.0},

@@ -51,6 +51,10 @@ class LeasedModels:
         holder: The trial's name.
         pool: The sweep's pool.
         config: The sweep's settings.
+
+    Attributes:
+        weights: All weights that are known, by id.
+        urgency: Of what leases are asked for, as `bt_ray.placement_state.Ask` has it.
     """
 
     def __init__(self, holder: str, pool: "ActorHandle[Any]", config: SweepConfig) -> None:
@@ -58,6 +62,7 @@ class LeasedModels:
         self._pool = pool
         self._config = config
         self.weights: dict[str, Weights] = {}
+        self.urgency = 0
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}
         self._asking: dict[str, Future[None]] = {}
@@ -156,7 +161,9 @@ class LeasedModels:
         deadline, request = None, f"{self._holder}/{secrets.token_hex(4)}"
         while True:
             try:
-                lease: Lease = ask(self._pool.ask, self._holder, this_actor(), request, weights, exclusive, lost)
+                lease: Lease = ask(
+                    self._pool.ask, self._holder, this_actor(), request, weights, exclusive, lost, self.urgency
+                )
             except ActorGone as gone:
                 deadline = deadline or time.monotonic() + RESTART_S
                 if time.monotonic() > deadline:

@@ -110,6 +110,7 @@ class ServerPool:
         weights: Weights,
         exclusive: bool = False,
         lost: tuple[int, int] | None = None,
+        urgency: int = 0,
     ) -> Lease:
         """A lease, as soon as there is one.
 
@@ -121,6 +122,7 @@ class ServerPool:
             weights: What requests will ask for, or what a training starts from.
             exclusive: Whether it is for a training.
             lost: The server, and its incarnation, that the holder could not reach.
+            urgency: As `bt_ray.placement_state.Ask` has it.
 
         Raises:
             InfrastructureError: No server could be brought to serve these weights.
@@ -133,7 +135,7 @@ class ServerPool:
             self._note_server(lost[0], "lost", reason=f"{holder.partition('#')[0]} could not reach it")
             self._placement.lost(*lost)
         self._forget(self._by_request.get(request))
-        ask = Ask(next(self._numbers), holder, weights, exclusive, time.monotonic())
+        ask = Ask(next(self._numbers), holder, weights, exclusive, time.monotonic(), urgency)
         self._by_request[request], self._requests[ask.lease] = ask.lease, request
         future = asyncio.get_running_loop().create_future()
         self._waiting[ask.lease] = future

@@ -13,7 +13,7 @@ import simpy
 from bt_ray.claims import ClaimTable
 from bt_ray.placement import Placement
 from bt_ray.placement_state import Action, Ask, Fetch, Grant, Grow, Policy, Release, Revoke, Serve, Stop
-from bt_ray.strategy import BASELINE, SEPARATOR, all_prefixes, parent, prefixes, start_order
+from bt_ray.strategy import BASELINE, SEPARATOR, all_prefixes, parent, prefixes, start_order, steps_to_come
 from bt_ray.weights import Weights
 from simulation.schedules import lower_bound, trains
 
@@ -62,6 +62,7 @@ class Switches:
         trials_per_slot: Trials at a time, for each slot.
         batching: Evaluations that a server answers at once as fast as one alone.
         in_start_order: Whether trials start as a sweep starts them, rather than in the order given.
+        longest_first: Whether the leases of steps with more steps after them come first.
         turn_s: As `server.turn_s`.
         patience_s: As the pool's.
         renew_s: Seconds after which a trial asks for its lease anew, as another server may be free.
@@ -76,6 +77,7 @@ class Switches:
     trials_per_slot: int = 2
     batching: float = 1.0
     in_start_order: bool = True
+    longest_first: bool = True
     turn_s: float = 60.0
     patience_s: float = 30.0
     renew_s: float = 60.0
@@ -229,6 +231,7 @@ class Simulation:
         self.clock = simpy.Environment()
         self.placement = Placement({"": switches.policy(slots)}, {"": BASE} if switches.starts_ahead else None)
         self.claims = ClaimTable(set(), 0)
+        self.urgency = steps_to_come([BASELINE, *all_prefixes(strategies)])
         self.weights: dict[str, Weights] = {}
         self.held: dict[int, Slot] = {}
         self.counted: Counter[str] = Counter()
@@ -309,7 +312,7 @@ class Simulation:
             work += self.drawn("prompt", prefix)
         self.weights[prefix] = weights
         while work > 0:
-            lease = self._ask(holder, weights, exclusive=False)
+            lease = self._ask(holder, prefix, weights, exclusive=False)
             load = self.held[(yield self._granted[lease])].load
             after(self.clock, self.switches.renew_s, lambda load=load, lease=lease: load.drop(lease))  # type: ignore[misc]
             work = yield load.add(lease, work)
@@ -318,7 +321,7 @@ class Simulation:
     def _train(self, holder: str, prefix: str, parent_weights: Weights, made: Weights) -> Process:
         left, whole = self.drawn("train", prefix), False
         while not whole:
-            lease = self._ask(holder, parent_weights, exclusive=True)
+            lease = self._ask(holder, prefix, parent_weights, exclusive=True)
             number = yield self._granted[lease]
             slot, copying = self.held[number], self._fetch(number, parent_weights)
             slot.training_since = self.clock.now + copying
@@ -340,10 +343,11 @@ class Simulation:
         there = self.clock.now + self.drawn("fetch", (number, weights.id))
         return max(0.0, self.held[number].copies.setdefault(weights.id, there) - self.clock.now)
 
-    def _ask(self, holder: str, weights: Weights, *, exclusive: bool) -> int:
+    def _ask(self, holder: str, prefix: str, weights: Weights, *, exclusive: bool) -> int:
         lease = next(self._leases)
         self._granted[lease] = self.clock.event()
-        self.placement.asked(Ask(lease, holder, weights, exclusive, self.clock.now))
+        urgency = self.urgency[prefix] if self.switches.longest_first else 0
+        self.placement.asked(Ask(lease, holder, weights, exclusive, self.clock.now, urgency))
         return lease
 
     def _decide(self) -> None:

@@ -51,9 +51,9 @@ def opened(settings: dict[str, Any]) -> Iterator[Callable[..., Pool]]:
         ray.kill(pool)
 
 
-def ask(pool: Pool, weights: Weights, *, request: str = "", exclusive: bool = False) -> Any:
+def ask(pool: Pool, weights: Weights, *, request: str = "", exclusive: bool = False, urgency: int = 0) -> Any:
     """The promise of a lease."""
-    return pool.ask.remote("test#1", [], f"test#1/{request or secrets.token_hex(4)}", weights, exclusive)
+    return pool.ask.remote("test#1", [], f"test#1/{request or secrets.token_hex(4)}", weights, exclusive, None, urgency)
 
 
 def servers(pool: Pool) -> int:
@@ -150,6 +150,16 @@ def test_a_call_that_is_made_again_leaves_no_lease_that_nobody_knows(opened: Cal
     again = ray.get(ask(pool, student, request="lost answer", exclusive=True), timeout=30)
     ray.get(pool.end.remote([again.number]))
     assert ray.get(ask(pool, student, exclusive=True), timeout=30).server == again.server
+
+
+def test_more_urgent_leases_come_first(opened: Callable[..., Pool], student: Weights) -> None:
+    import ray
+
+    pool = opened(limit=1)
+    held = ray.get(ask(pool, student, exclusive=True))
+    later, first = (ask(pool, student, exclusive=True, urgency=urgency) for urgency in (1, 2))
+    ray.get(pool.end.remote([held.number]))
+    assert ray.wait([later, first]) == ([first], [later])
 
 
 def test_many_trials_share_one_start(opened: Callable[..., Pool], student: Weights) -> None:

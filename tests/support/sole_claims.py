@@ -56,6 +56,7 @@ class OwnSteps(KeptSteps):
             program,
             models,
             give_back=lambda: None,
+            on_claim=lambda prefix: None,
             on_step=lambda step, loaded: None,
         )
         self.outcomes: list[StepOutcome] = []

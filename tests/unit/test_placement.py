@@ -34,9 +34,9 @@ class Pool:
         self.numbers = itertools.count(1)
         self.done: list[Action] = []
 
-    def ask(self, weights: Weights, holder: str = "trial", *, exclusive: bool = False) -> int:
+    def ask(self, weights: Weights, holder: str = "trial", *, exclusive: bool = False, urgency: int = 0) -> int:
         lease = next(self.numbers)
-        self.placement.asked(Ask(lease, holder, weights, exclusive, self.now))
+        self.placement.asked(Ask(lease, holder, weights, exclusive, self.now, urgency))
         self.settle()
         return lease
 
@@ -179,7 +179,28 @@ def test_nobody_shares_with_a_training_or_ends_it() -> None:
     pool.settle(1000)
     assert [pool.server_of(lease) for lease in others] == [None, None]
     pool.end(training)
+    assert pool.server_of(others[1]) == 0, "trainings come first"
+    pool.end(others[1])
     assert pool.server_of(others[0]) == 0
+
+
+def test_who_has_the_longest_way_to_go_comes_first_then_trainings_then_who_asked_first() -> None:
+    pool = Pool(limit=1)
+    held = pool.ask(B, exclusive=True)
+    asked = [
+        pool.ask(A, urgency=1),
+        pool.ask(A, urgency=1, exclusive=True),
+        pool.ask(A, urgency=3, exclusive=True),
+        pool.ask(A1, urgency=3),
+        pool.ask(A2, urgency=3, exclusive=True),
+    ]
+    granted = []
+    while asked:
+        pool.end(held)
+        (held,) = [lease for lease in asked if pool.server_of(lease) is not None]
+        asked.remove(held)
+        granted.append(held)
+    assert granted == [4, 6, 5, 3, 2]
 
 
 def test_a_dead_holders_training_is_stopped_before_anybody_else_gets_the_server() -> None:
@@ -469,10 +490,10 @@ class RandomEvents(RuleBasedStateMachine):
     def in_state(self, state: State) -> list[Server]:
         return [server for server in self.placement.servers.values() if server.state is state]
 
-    @rule(data=st.data(), exclusive=st.booleans(), holder=st.sampled_from("xyz"))
-    def ask(self, data: st.DataObject, exclusive: bool, holder: str) -> None:
+    @rule(data=st.data(), exclusive=st.booleans(), holder=st.sampled_from("xyz"), urgency=st.integers(0, 2))
+    def ask(self, data: st.DataObject, exclusive: bool, holder: str, urgency: int) -> None:
         weights = data.draw(st.sampled_from(self.weights))
-        ask = Ask(next(self.numbers), holder, weights, exclusive, self.now)
+        ask = Ask(next(self.numbers), holder, weights, exclusive, self.now, urgency)
         self.asked[ask.lease] = ask
         self.placement.asked(ask)
         self.decide()

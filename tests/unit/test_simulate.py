@@ -55,6 +55,13 @@ def test_slots_that_are_lost_cost_what_was_under_way_and_nothing_else() -> None:
     assert lost.busy_seconds - kept.busy_seconds <= lost.lost * 200, "at most the time since the last checkpoint"
 
 
+def test_longest_first_is_the_best_schedule_of_a_case_in_which_the_order_of_asking_is_not() -> None:
+    times = Times(start=0, swap=0, trial=0, spread=0, evaluate=20, train=30, prompt=0)
+    best = best_makespan({step: 50 if step.endswith("w") else 20 for step in all_steps()}, 4)
+    longest, asked = (Simulation(ALL, 4, times, Switches(longest_first=each)).run().makespan for each in (True, False))
+    assert best == longest < asked
+
+
 def test_fetching_costs_nothing_on_the_node_that_trained_and_less_when_it_is_done_ahead() -> None:
     alone = [Simulation(["w -> p"], 1, replace(EXACT, fetch=fetch), Switches()).run().makespan for fetch in (0, 50)]
     assert alone[0] == alone[1]

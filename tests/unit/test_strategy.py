@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bt_ray.errors import ConfigError
-from bt_ray.strategy import SEPARATOR, check_distinct, length, parse, prefixes
+from bt_ray.strategy import BASELINE, SEPARATOR, all_prefixes, check_distinct, length, parse, prefixes, steps_to_come
 
 KEYS = ["p", "w", "mipro"]
 
@@ -39,6 +39,13 @@ def test_parsing_undoes_joining_and_prefixes_grow_by_one_step(keys: list[str]) -
     assert [length(step) for step in steps] == list(range(1, len(keys) + 1))
     assert steps[-1] == strategy
     assert all(longer.startswith(shorter) for shorter, longer in itertools.pairwise(steps))
+
+
+@given(st.lists(st.lists(st.sampled_from("pw"), min_size=1, max_size=4).map(SEPARATOR.join), max_size=6))
+def test_the_steps_to_come_are_those_of_the_longest_strategy_through_a_step(strategies: list[str]) -> None:
+    for step, to_come in steps_to_come([BASELINE, *all_prefixes(strategies)]).items():
+        through = [strategy for strategy in strategies if step in [BASELINE, *prefixes(strategy)]]
+        assert to_come == max([length(strategy) for strategy in through], default=0) - length(step) + 1
 
 
 def test_a_strategy_given_twice_is_refused() -> None:
