@@ -105,7 +105,7 @@ class Server:
 
     @property
     def empty(self) -> bool:
-        return self.state is State.READY and not self.work
+        return self.state is State.READY and not self.leases and self.training is None
 
     @property
     def free(self) -> bool:
