@@ -214,7 +214,8 @@ class _Sweep:
             for trial, path in paths.items()
             if trial not in complete
         }
-        return start_order(left, {step.key for steps in finished.values() for step in steps.values()})
+        done = {step.key for steps in finished.values() for step in steps.values()}
+        return start_order(left, done, {step.key for steps in keys.values() for step in steps.values() if step.trains})
 
     def tell_finished(self, trial: Trial, steps: Sequence[FinishedStep]) -> None:
         for step, best in zip(steps, best_so_far(step.score for step in steps), strict=True):

@@ -4,11 +4,11 @@ Whoever owns the servers tells it what happened (`asked`, `ended`, `placed`, `se
 next. It knows no Ray, no clock and no process; `bt_ray.actors.server_pool` carries its actions out.
 
 A lease is shared, for requests to given weights, or exclusive, for a training. First come leases for the steps with the
-most steps after them, trainings before requests, then those that were asked for first; but one which is no burden to those
-before it need not wait for them. The preference is: a free
-server that serves the weights already; a free one with the same base (a swap); one that is being started with them, for
-nobody yet; one with no model in it (a start); growth up to the limit; a free one with another base (a relaunch); sharing;
-else a server whose turn is over is taken back from its shared leases, between two requests, so that nobody waits for ever.
+most steps after them; among equals those whose holder gives another back for them, then trainings, then those that were
+asked for first; but one which is no burden to those before it need not wait for them. The preference is: a free server
+that serves the weights already; a free one with the same base (a swap); one that is being started with them, for nobody
+yet; one with no model in it (a start); growth up to the limit; a free one with another base (a relaunch); sharing; else a
+server whose turn is over is taken back from its shared leases, between two requests, so that nobody waits for ever.
 Where fine-tunes are adapters a server serves their base and several of them, so leases for different weights share it too.
 Among servers that are alike, one goes first whose node has a copy of the weights; while a lease waits, they are copied to
 the node of the server that should be free for it first.

@@ -41,6 +41,7 @@ class Ask:
         exclusive: Whether it is for a training.
         since: When it was asked for, in seconds.
         urgency: How many steps, one after the other, begin with the one that it is for.
+        goes_on: Whether its holder gives another lease back for it.
     """
 
     lease: int
@@ -49,11 +50,12 @@ class Ask:
     exclusive: bool
     since: float
     urgency: int = 0
+    goes_on: bool = False
 
     @property
-    def turn(self) -> tuple[int, bool, int]:
-        """Sorts asks: the longest way to go first, trainings before requests, then as they were asked for."""
-        return (-self.urgency, not self.exclusive, self.lease)
+    def turn(self) -> tuple[int, bool, bool, int]:
+        """Sorts asks: the longest way to go first, then who goes on, then trainings, then as they were asked for."""
+        return (-self.urgency, not self.goes_on, not self.exclusive, self.lease)
 
 
 class State(Enum):

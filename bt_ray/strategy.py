@@ -94,15 +94,16 @@ def step_label(prefix: str, variant: str) -> str:
 T = TypeVar("T")
 
 
-def start_order(paths: Mapping[T, Sequence[str]], finished: Collection[str]) -> list[T]:
+def start_order(paths: Mapping[T, Sequence[str]], finished: Collection[str], trainings: Collection[str]) -> list[T]:
     """The order in which to start trials: those first that leave the earliest the paths of the trials before them.
 
     So as many different steps as possible are under way from the beginning. Among equals the one with the most to do comes
-    first, then the one that was given first.
+    first, then the one with the most trainings, then the one that was given first.
 
     Args:
         paths: The keys of the steps of each trial, in order.
         finished: The keys of those that are finished.
+        trainings: The keys of those that fine-tune.
     """
     todo = {trial: [key for key in path if key not in finished] for trial, path in paths.items()}
     taken, order = set[str](), []
@@ -112,12 +113,16 @@ def start_order(paths: Mapping[T, Sequence[str]], finished: Collection[str]) -> 
         steps = todo[trial]
         return next((number for number, key in enumerate(steps) if key not in taken), len(steps))
 
-    queue = [(not steps, 0, -len(steps), place, trial) for place, (trial, steps) in enumerate(todo.items())]
+    def to_do(trial: T) -> tuple[int, int]:
+        steps = todo[trial]
+        return (-len(steps), -sum(key in trainings for key in steps))
+
+    queue = [(not todo[trial], 0, to_do(trial), place, trial) for place, trial in enumerate(todo)]
     heapify(queue)
     while queue:
-        nothing_left, before, length, place, trial = heappop(queue)
+        nothing_left, before, most, place, trial = heappop(queue)
         if (now := shared(trial)) > before:  # it only grows
-            heappush(queue, (nothing_left, now, length, place, trial))
+            heappush(queue, (nothing_left, now, most, place, trial))
             continue
         taken.update(todo[trial])
         order.append(trial)

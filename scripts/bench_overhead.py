@@ -62,7 +62,7 @@ def measured(strategies: int, steps: int, folder: Path) -> str:
     settings = ServerSettings(config, "token", False, str(folder / "run"))
     pool = ServerPool.remote(settings, {"": Policy(limit=1)}, {"": 1})  # type: ignore[attr-defined]
     lease = ray.get(pool.ask.remote("bench#1", [], "bench#1/first", weights))
-    ray.get(pool.end.remote([lease.number]))
+    ray.get(pool.end.remote({lease.number: None}))
 
     took: dict[str, list[float]] = {part: [] for part in PARTS}
 
@@ -82,7 +82,7 @@ def measured(strategies: int, steps: int, folder: Path) -> str:
         own.may_commit(key, fence)  # answered after those: from now on they all wait
         with timed("lease"):
             lease = ray.get(pool.ask.remote("bench#1", [], f"bench#1/{number}", weights))
-            ray.get(pool.end.remote([lease.number]))
+            ray.get(pool.end.remote({lease.number: None}))
         attempt = attempt_name(fence)
         with timed("write"):
             program = store.write_program(key, attempt, b'{"demos": []}')

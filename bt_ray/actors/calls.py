@@ -12,14 +12,14 @@ class ActorGone(InfrastructureError):
     """An actor died, is being restarted, or cannot be reached."""
 
 
-def ask(method: Any, *arguments: Any, timeout_s: float | None = None) -> Any:
+def ask(method: Any, *arguments: Any, timeout_s: float | None = None, **named: Any) -> Any:
     """Call an actor's method and wait; its own errors come back as they were raised there.
 
     Raises:
         InfrastructureError: The actor is gone, or did not answer in time.
     """
     try:
-        return ray.get(method.remote(*arguments), timeout=timeout_s)
+        return ray.get(method.remote(*arguments, **named), timeout=timeout_s)
     except GetTimeoutError as error:
         raise ServerError(f"An actor did not answer within {timeout_s} s.") from error
     except RayTaskError as error:

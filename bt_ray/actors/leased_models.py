@@ -1,10 +1,12 @@
 """A trial's side of the pool: `Models` on leased servers.
 
-A shared lease is taken by the first request for weights, and given back when no request was under way for a moment, on
-`kill()`, before the trial waits for anything else, and by its death. The pool may end it earlier: the guard of the server
-then refuses the next request, and the trial asks the pool again.
+A shared lease is taken by the first request for weights, and given back when no request was under way for a moment, before
+the trial waits for anything else, and by its death. The pool may end it earlier: the guard of the server then refuses the
+next request, and the trial asks the pool again. A training's lease is kept for that moment too. What the trial does next
+takes over from what it still has, in one call to the pool, so that nobody comes between.
 """
 
+import math
 import secrets
 import threading
 import time
@@ -17,7 +19,7 @@ from typing import Any
 from ray.actor import ActorHandle
 
 from bt_ray.actors.calls import ActorGone, ask
-from bt_ray.actors.leases import Lease
+from bt_ray.actors.leases import Lease, Returned
 from bt_ray.actors.liveness import this_actor
 from bt_ray.config import SweepConfig, override_train
 from bt_ray.errors import ServerError
@@ -44,6 +46,15 @@ class _Held:
     since: float = field(default_factory=time.monotonic)
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """The lease of a training that has ended, what it made, and when."""
+
+    lease: Lease
+    made: Weights
+    at: float
+
+
 class LeasedModels:
     """`bt_ray.hosting.Models` for one trial.
 
@@ -65,6 +76,7 @@ class LeasedModels:
         self.urgency = 0
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}
+        self._trained: list[_Trained] = []
         self._asking: dict[str, Future[None]] = {}
         self._lost: dict[str, tuple[int, int]] = {}
         """Servers that could not be reached, for the next ask: weights to server and incarnation."""
@@ -91,24 +103,20 @@ class LeasedModels:
         self._drop(endpoint)
 
     def kill(self, weights_id: str) -> None:
-        """Give the lease back; requests may still come, and take one again."""
-        with self._lock:
-            held = self._held.pop(weights_id, None)
-        if held is not None:
-            self._end([held.lease])
+        """Nothing: the lease is given back in a moment, or goes over to the training for which the LM is killed."""
 
     def finetune(self, weights_id: str, conversations: Sequence[Conversation], train_kwargs: dict[str, Any]) -> Weights:
         parent = self.weights[weights_id]
         train = override_train(self._config.train, train_kwargs)
         check_trainable(self._config.server.of(parent.model), train)
-        self.give_back()
-        lease = self._ask_pool(parent, exclusive=True)
-        made = None
+        lease = self._ask_pool(parent, exclusive=True, returned=self._returned())
         try:
             trained: Weights = ask(lease.actor.train, parent, list(conversations), train, self._config.seed)
-            made = trained
-        finally:
-            self._end([lease], made)
+        except BaseException:
+            self._end({lease.number: None})
+            raise
+        with self._lock:
+            self._trained.append(_Trained(lease, trained, time.monotonic()))
         self.weights[trained.id] = trained
         return trained
 
@@ -117,15 +125,25 @@ class LeasedModels:
 
     def give_back(self) -> None:
         """Give all leases back. The next request or training takes one again."""
-        with self._lock:
-            leases = [held.lease for held in self._held.values()]
-            self._held.clear()
-        self._end(leases)
+        self._end(self._returned())
 
     def close(self) -> None:
         """Give all leases back, for good."""
         self._closed.set()
         self.give_back()
+
+    def _returned(self) -> Returned:
+        """All leases, which are this trial's no more."""
+        with self._lock:
+            returned: Returned = {held.lease.number: None for held in self._held.values()}
+            self._held.clear()
+            return returned | self._returned_trainings()
+
+    def _returned_trainings(self, until: float = math.inf) -> Returned:
+        """The leases of trainings that ended until then, which are this trial's no more. For who has the lock."""
+        ended = [trained for trained in self._trained if trained.at <= until]
+        self._trained = [trained for trained in self._trained if trained.at > until]
+        return {trained.lease.number: trained.made for trained in ended}
 
     def _take(self, weights_id: str) -> _Held:
         """A lease for one more request. However many threads want it, one asks the pool and the others wait for it."""
@@ -140,12 +158,14 @@ class LeasedModels:
                 mine = asking is None
                 if asking is None:
                     asking = self._asking[weights_id] = Future()
+                    returned = self._returned_trainings()
             if not mine:
                 asking.result()
                 continue
             try:
-                self._end([old.lease] if old is not None else [])
-                lease = self._ask_pool(self.weights[weights_id], lost=self._lost.pop(weights_id, None))
+                self._end({old.lease.number: None} if old is not None else {})
+                lost = self._lost.pop(weights_id, None)
+                lease = self._ask_pool(self.weights[weights_id], lost=lost, returned=returned)
             except BaseException as error:
                 with self._lock:
                     del self._asking[weights_id]
@@ -157,12 +177,27 @@ class LeasedModels:
             asking.set_result(None)
             return held
 
-    def _ask_pool(self, weights: Weights, *, exclusive: bool = False, lost: tuple[int, int] | None = None) -> Lease:
+    def _ask_pool(
+        self,
+        weights: Weights,
+        *,
+        exclusive: bool = False,
+        lost: tuple[int, int] | None = None,
+        returned: Returned | None = None,
+    ) -> Lease:
         deadline, request = None, f"{self._holder}/{secrets.token_hex(4)}"
         while True:
             try:
                 lease: Lease = ask(
-                    self._pool.ask, self._holder, this_actor(), request, weights, exclusive, lost, self.urgency
+                    self._pool.ask,
+                    self._holder,
+                    this_actor(),
+                    request,
+                    weights,
+                    exclusive=exclusive,
+                    lost=lost,
+                    urgency=self.urgency,
+                    returned=returned or {},
                 )
             except ActorGone as gone:
                 deadline = deadline or time.monotonic() + RESTART_S
@@ -179,17 +214,18 @@ class LeasedModels:
             if held is None or held.lease.endpoint != endpoint:
                 return None
             del self._held[endpoint.weights_id]
-        self._end([held.lease])
+        self._end({held.lease.number: None})
         return held.lease
 
-    def _end(self, leases: list[Lease], made: Weights | None = None) -> None:
-        if leases:
-            self._pool.end.remote([lease.number for lease in leases], made)
+    def _end(self, returned: Returned) -> None:
+        if returned:
+            self._pool.end.remote(returned)
 
     def _give_back_idle(self) -> None:
         while not self._closed.wait(LINGER_S / 2):
             with self._lock:
                 due = time.monotonic() - LINGER_S
                 idle = [w for w, held in self._held.items() if held.in_flight == 0 and held.idle_since <= due]
-                leases = [self._held.pop(weights_id).lease for weights_id in idle]
-            self._end(leases)
+                returned: Returned = {self._held.pop(weights_id).lease.number: None for weights_id in idle}
+                returned |= self._returned_trainings(due)
+            self._end(returned)

@@ -6,6 +6,10 @@ from typing import Any
 from ray.actor import ActorHandle
 
 from bt_ray.serving.server import Endpoint
+from bt_ray.weights import Weights
+
+Returned = dict[int, Weights | None]
+"""The numbers of leases that are given back, and what the training made that each was for."""
 
 
 @dataclass(frozen=True)

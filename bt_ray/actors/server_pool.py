@@ -20,7 +20,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
-from bt_ray.actors.leases import Lease, ServerView
+from bt_ray.actors.leases import Lease, Returned, ServerView
 from bt_ray.actors.liveness import until_dead
 from bt_ray.actors.metrics import PoolMetrics
 from bt_ray.actors.model_server import ModelServer, Served, actor_options
@@ -111,6 +111,7 @@ class ServerPool:
         exclusive: bool = False,
         lost: tuple[int, int] | None = None,
         urgency: int = 0,
+        returned: Returned | None = None,
     ) -> Lease:
         """A lease, as soon as there is one.
 
@@ -123,6 +124,7 @@ class ServerPool:
             exclusive: Whether it is for a training.
             lost: The server, and its incarnation, that the holder could not reach.
             urgency: As `bt_ray.placement_state.Ask` has it.
+            returned: Leases that the holder gives back for it.
 
         Raises:
             InfrastructureError: No server could be brought to serve these weights.
@@ -135,7 +137,8 @@ class ServerPool:
             self._note_server(lost[0], "lost", reason=f"{holder.partition('#')[0]} could not reach it")
             self._placement.lost(*lost)
         self._forget(self._by_request.get(request))
-        ask = Ask(next(self._numbers), holder, weights, exclusive, time.monotonic(), urgency)
+        self._take_back(returned or {})
+        ask = Ask(next(self._numbers), holder, weights, exclusive, time.monotonic(), urgency, bool(returned))
         self._by_request[request], self._requests[ask.lease] = ask.lease, request
         future = asyncio.get_running_loop().create_future()
         self._waiting[ask.lease] = future
@@ -144,16 +147,9 @@ class ServerPool:
         self._decide()
         return await future  # type: ignore[no-any-return]
 
-    async def end(self, leases: list[int], made: Weights | None = None) -> None:
-        """Give leases back. Harmless for those that have ended before.
-
-        Args:
-            leases: Their numbers.
-            made: What the training made that the lease was for.
-        """
-        for lease in leases:
-            self._note(LeaseChanged(time.time(), lease, "ended"))
-            self._forget(lease, made)
+    async def end(self, returned: Returned) -> None:
+        """Give leases back. Harmless for those that have ended before."""
+        self._take_back(returned)
         self._decide()
 
     async def placed(self) -> tuple[int, int, list[str]]:
@@ -186,6 +182,11 @@ class ServerPool:
         await asyncio.gather(*(self._close(actor) for actor in actors.values()))
         for task in self._tasks:
             task.cancel()
+
+    def _take_back(self, returned: Returned) -> None:
+        for lease, made in returned.items():
+            self._note(LeaseChanged(time.time(), lease, "ended"))
+            self._forget(lease, made)
 
     def _forget(self, lease: int | None, made: Weights | None = None) -> None:
         if lease is not None:

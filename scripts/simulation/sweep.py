@@ -30,6 +30,7 @@ class Times:
     Attributes:
         start: Of a server, until it answers.
         swap: To other weights in place, verified.
+        news: Until a trial that waited for a step goes on.
         fetch: Of a fine-tune to a node that has no copy of it; each slot has a node of its own.
         train: One fine-tune.
         prompt: The requests of a prompt optimizer, on a server alone.
@@ -43,6 +44,7 @@ class Times:
 
     start: float = 24.0
     swap: float = 0.5
+    news: float = 0.3
     fetch: float = 0.0
     train: float = 150.0
     prompt: float = 120.0
@@ -231,6 +233,7 @@ class Simulation:
         self.clock = simpy.Environment()
         self.placement = Placement({"": switches.policy(slots)}, {"": BASE} if switches.starts_ahead else None)
         self.claims = ClaimTable(set(), 0)
+        self.trainings = {step for step in all_prefixes(strategies) if trains(step)}
         self.urgency = steps_to_come([BASELINE, *all_prefixes(strategies)])
         self.weights: dict[str, Weights] = {}
         self.held: dict[int, Slot] = {}
@@ -252,7 +255,7 @@ class Simulation:
     def run(self) -> Outcome:
         """Run it to its end."""
         paths = {strategy: [BASELINE, *prefixes(strategy)] for strategy in self.strategies}
-        self._waiting = start_order(paths, ()) if self.switches.in_start_order else list(self.strategies)
+        self._waiting = start_order(paths, (), self.trainings) if self.switches.in_start_order else list(self.strategies)
         self._waiting.reverse()
         for _ in range(1 if self.switches.grows else self.slots):
             self.placement.grow(self.clock.now)
@@ -288,40 +291,44 @@ class Simulation:
 
     def _trial(self, strategy: str) -> Process:
         yield self.clock.timeout(self.drawn("trial", strategy))
+        goes_on = False
         for prefix in [BASELINE, *prefixes(strategy)]:
             while (granted := self.claims.try_claim(prefix)) is False:
                 yield self._committed[prefix]
+                yield self.clock.timeout(self.drawn("news", (strategy, prefix)))
             if granted is True:
+                goes_on = False
                 continue
             assert isinstance(granted, int)
-            yield from self._step(strategy, prefix)
+            yield from self._step(strategy, prefix, goes_on)
+            goes_on = True
             self.claims.end(prefix, granted, committed=True)
             self._committed[prefix].succeed()
         self._running -= 1
         self._next_trial()
 
-    def _step(self, holder: str, prefix: str) -> Process:
+    def _step(self, holder: str, prefix: str, goes_on: bool) -> Process:
         weights = self.weights[parent(prefix)] if prefix else BASE
         work = self.drawn("evaluate", prefix)
         if trains(prefix):
             on = (weights.on or weights) if self.switches.adapters else None
             made = Weights(f"model-0-ft-{prefix.replace(SEPARATOR, '-')}", prefix, weights.id, on=on)
-            yield from self._train(holder, prefix, weights, made)
-            weights = made
+            yield from self._train(holder, prefix, weights, made, goes_on)
+            weights, goes_on = made, True
         elif prefix:
             work += self.drawn("prompt", prefix)
         self.weights[prefix] = weights
         while work > 0:
-            lease = self._ask(holder, prefix, weights, exclusive=False)
+            lease, goes_on = self._ask(holder, prefix, weights, goes_on, exclusive=False), False
             load = self.held[(yield self._granted[lease])].load
             after(self.clock, self.switches.renew_s, lambda load=load, lease=lease: load.drop(lease))  # type: ignore[misc]
             work = yield load.add(lease, work)
             self.placement.ended(lease, self.clock.now)
 
-    def _train(self, holder: str, prefix: str, parent_weights: Weights, made: Weights) -> Process:
+    def _train(self, holder: str, prefix: str, parent_weights: Weights, made: Weights, goes_on: bool) -> Process:
         left, whole = self.drawn("train", prefix), False
         while not whole:
-            lease = self._ask(holder, prefix, parent_weights, exclusive=True)
+            lease, goes_on = self._ask(holder, prefix, parent_weights, goes_on, exclusive=True), False
             number = yield self._granted[lease]
             slot, copying = self.held[number], self._fetch(number, parent_weights)
             slot.training_since = self.clock.now + copying
@@ -343,11 +350,11 @@ class Simulation:
         there = self.clock.now + self.drawn("fetch", (number, weights.id))
         return max(0.0, self.held[number].copies.setdefault(weights.id, there) - self.clock.now)
 
-    def _ask(self, holder: str, prefix: str, weights: Weights, *, exclusive: bool) -> int:
+    def _ask(self, holder: str, prefix: str, weights: Weights, goes_on: bool, *, exclusive: bool) -> int:
         lease = next(self._leases)
         self._granted[lease] = self.clock.event()
         urgency = self.urgency[prefix] if self.switches.longest_first else 0
-        self.placement.asked(Ask(lease, holder, weights, exclusive, self.clock.now, urgency))
+        self.placement.asked(Ask(lease, holder, weights, exclusive, self.clock.now, urgency, goes_on))
         return lease
 
     def _decide(self) -> None:

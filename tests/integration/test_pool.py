@@ -94,7 +94,7 @@ def test_the_pool_grows_while_leases_wait_and_shrinks_when_nobody_uses_a_server(
     shared = ray.get(ask(pool, student))
     assert (servers(pool), shared.server != training.server) == (2, True)
     assert answer(shared, 1) == "2"
-    ray.get(pool.end.remote([training.number, shared.number]))
+    ray.get(pool.end.remote({training.number: None, shared.number: None}))
     wait_for("the pool to shrink", lambda: servers(pool) == 1, 20)
     assert answer(ray.get(ask(pool, student)), 1) == "2"
 
@@ -148,7 +148,7 @@ def test_a_call_that_is_made_again_leaves_no_lease_that_nobody_knows(opened: Cal
     pool = opened(limit=1)
     ray.get(ask(pool, student, request="lost answer", exclusive=True))
     again = ray.get(ask(pool, student, request="lost answer", exclusive=True), timeout=30)
-    ray.get(pool.end.remote([again.number]))
+    ray.get(pool.end.remote({again.number: None}))
     assert ray.get(ask(pool, student, exclusive=True), timeout=30).server == again.server
 
 
@@ -158,7 +158,7 @@ def test_more_urgent_leases_come_first(opened: Callable[..., Pool], student: Wei
     pool = opened(limit=1)
     held = ray.get(ask(pool, student, exclusive=True))
     later, first = (ask(pool, student, exclusive=True, urgency=urgency) for urgency in (1, 2))
-    ray.get(pool.end.remote([held.number]))
+    ray.get(pool.end.remote({held.number: None}))
     assert ray.wait([later, first]) == ([first], [later])
 
 
@@ -189,16 +189,18 @@ def test_weights_are_fetched_to_a_node_while_they_are_waited_for(
     wait_for("the node's copy", (tmp_path / "node" / "weights" / "student-ft-1" / MANIFEST).is_file)
     requests_before = len(s3.requests("student-ft-1/model.safetensors"))
     assert not ray.wait([waiting], timeout=0)[0]
-    ray.get(pool.end.remote([training.number]))
+    ray.get(pool.end.remote({training.number: None}))
     assert answer(ray.get(waiting), 4) == "8"
     assert len(s3.requests("student-ft-1/model.safetensors")) == requests_before
 
 
-def test_a_training_tells_the_pool_what_it_made(settings: dict[str, Any], student: Weights, tmp_path: Path) -> None:
+def test_a_training_tells_the_pool_what_it_made_with_what_the_trial_asks_for_next(
+    settings: dict[str, Any], student: Weights, tmp_path: Path
+) -> None:
     import ray
 
     from bt_ray.actors.leased_models import LeasedModels
-    from bt_ray.actors.leases import Lease
+    from bt_ray.actors.leases import Lease, Returned
 
     made = fine_tuned({"id": "student-ft-1", "parent": student.id})
 
@@ -207,21 +209,24 @@ def test_a_training_tells_the_pool_what_it_made(settings: dict[str, Any], studen
         """Grants a lease on itself, whose training fails or not, and notes how it ended."""
 
         def __init__(self) -> None:
-            self.ends: list[tuple[list[int], Weights | None]] = []
+            self.returned: list[Returned] = []
+            self.asked = 0
 
-        def ask(self, *_: Any) -> Lease:
-            return Lease(7, 0, 0, None, ray.get_runtime_context().current_actor)
+        def ask(self, *_: Any, returned: Returned, **__: Any) -> Lease:
+            self.asked += 1
+            self.returned.append(returned)
+            return Lease(self.asked, 0, 0, None, ray.get_runtime_context().current_actor)
 
         def train(self, parent: Weights, *_: Any) -> Weights:
-            if self.ends:
+            if self.asked == 2:
                 raise TrainingError("It died.")
             return made
 
-        def end(self, leases: list[int], made: Weights | None) -> None:
-            self.ends.append((leases, made))
+        def end(self, returned: Returned) -> None:
+            self.returned.append(returned)
 
-        def ended(self) -> list[tuple[list[int], Weights | None]]:
-            return self.ends
+        def told(self) -> list[Returned]:
+            return self.returned
 
     pool = PoolAndServer.remote()  # type: ignore[attr-defined]
     models = LeasedModels("test", pool, make_config(settings))
@@ -229,5 +234,6 @@ def test_a_training_tells_the_pool_what_it_made(settings: dict[str, Any], studen
     assert models.finetune(student.id, [], {}) == made
     with pytest.raises(TrainingError):
         models.finetune(student.id, [], {})
+    models.finetune(student.id, [], {})
     models.close()
-    assert ray.get(pool.ended.remote()) == [([7], made), ([7], None)]
+    assert ray.get(pool.told.remote()) == [{}, {1: made}, {2: None}, {}, {3: made}], "what goes on takes over; the rest ends"

@@ -34,9 +34,11 @@ class Pool:
         self.numbers = itertools.count(1)
         self.done: list[Action] = []
 
-    def ask(self, weights: Weights, holder: str = "trial", *, exclusive: bool = False, urgency: int = 0) -> int:
+    def ask(
+        self, weights: Weights, holder: str = "trial", *, exclusive: bool = False, urgency: int = 0, goes_on: bool = False
+    ) -> int:
         lease = next(self.numbers)
-        self.placement.asked(Ask(lease, holder, weights, exclusive, self.now, urgency))
+        self.placement.asked(Ask(lease, holder, weights, exclusive, self.now, urgency, goes_on))
         self.settle()
         return lease
 
@@ -184,7 +186,7 @@ def test_nobody_shares_with_a_training_or_ends_it() -> None:
     assert pool.server_of(others[0]) == 0
 
 
-def test_who_has_the_longest_way_to_go_comes_first_then_trainings_then_who_asked_first() -> None:
+def test_the_longest_way_to_go_comes_first_then_who_goes_on_then_trainings_then_who_asked_first() -> None:
     pool = Pool(limit=1)
     held = pool.ask(B, exclusive=True)
     asked = [
@@ -193,6 +195,7 @@ def test_who_has_the_longest_way_to_go_comes_first_then_trainings_then_who_asked
         pool.ask(A, urgency=3, exclusive=True),
         pool.ask(A1, urgency=3),
         pool.ask(A2, urgency=3, exclusive=True),
+        pool.ask(A2, urgency=1, goes_on=True),
     ]
     granted = []
     while asked:
@@ -200,7 +203,7 @@ def test_who_has_the_longest_way_to_go_comes_first_then_trainings_then_who_asked
         (held,) = [lease for lease in asked if pool.server_of(lease) is not None]
         asked.remove(held)
         granted.append(held)
-    assert granted == [4, 6, 5, 3, 2]
+    assert granted == [4, 6, 5, 7, 3, 2]
 
 
 def test_a_dead_holders_training_is_stopped_before_anybody_else_gets_the_server() -> None:

@@ -83,7 +83,7 @@ def test_every_step_comes_once_and_after_its_parent(strategies: list[str]) -> No
 @given(STRATEGIES, st.data())
 def test_trials_start_with_the_most_different_steps_under_way(strategies: list[str], data: st.DataObject) -> None:
     finished = data.draw(st.sets(st.sampled_from(all_prefixes(strategies))))
-    order = start_order({strategy: prefixes(strategy) for strategy in strategies}, finished)
+    order = start_order({strategy: prefixes(strategy) for strategy in strategies}, finished, ())
     assert sorted(order) == sorted(strategies)
     firsts = [next((p for p in prefixes(s) if p not in finished), None) for s in order]
     different = {first for first in firsts if first}
@@ -98,8 +98,15 @@ def test_trials_start_with_the_most_different_steps_under_way(strategies: list[s
         taken.update(todo[chosen])
 
 
+def test_of_trials_that_are_alike_one_with_more_trainings_starts_first() -> None:
+    strategies = every("pw", 2)
+    paths = {strategy: prefixes(strategy) for strategy in strategies}
+    order = start_order(paths, (), {step for step in all_prefixes(strategies) if step.endswith("w")})
+    assert order == ["w -> w", "p -> w", "w -> p", "p -> p", "w", "p"]
+
+
 def test_ten_thousand_trials_are_ordered_at_once() -> None:
     strategies = every("pwx", 8)
-    order = start_order({strategy: prefixes(strategy) for strategy in strategies}, ())
+    order = start_order({strategy: prefixes(strategy) for strategy in strategies}, (), ())
     assert len(order) == len(strategies) == 9840
     assert len({prefixes(strategy)[1] for strategy in order[:9]}) == 9, "all pairs are under way with the first nine trials"
