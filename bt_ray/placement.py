@@ -67,8 +67,11 @@ class Placement:
         self.waiting.append(ask)
         self.waiting.sort(key=lambda ask: ask.turn)
 
-    def ended(self, lease: int, now: float, made: Weights | None = None) -> None:
+    def ended(self, lease: int, now: float, made: Weights | None = None) -> bool:
         """A lease was given back, or is not wanted any more. Harmless when it has ended before.
+
+        Returns:
+            Whether it was on a server until now.
 
         Args:
             lease: Its number.
@@ -76,17 +79,19 @@ class Placement:
             made: What the training that it was for left on its node.
         """
         self.waiting = [ask for ask in self.waiting if ask.lease != lease]
+        was_there = False
         for server in self.servers.values():
             if server.leases.pop(lease, None) is not None:
                 server.granted.discard(lease)
-                server.idle_since = now
+                server.idle_since, was_there = now, True
             if server.training is not None and server.training.lease == lease:
                 if made is not None:
                     self._copies.add(server.node, server.training.weights, made)
                 else:
                     self._copies.drop(server.node, server.training.weights)
                 server.training = None
-                server.idle_since = now
+                server.idle_since, was_there = now, True
+        return was_there
 
     def holder_died(self, holder: str, now: float) -> None:
         """All that a holder has, and waits for, has ended; its training is to be stopped."""

@@ -182,6 +182,7 @@ class SpreadEvaluator:
         from bt_ray.evaluation import Scores, stopped
 
         self._start()
+        self._hosted.give_back()  # what this process has may be what the others ask for
         parts = spread(examples, 1 + len(self._others))
         threads = shares(limits.num_threads or self._setup.config.num_threads, len(parts))
         bounds = [replace(limits, num_threads=share) for share in threads]

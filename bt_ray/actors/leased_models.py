@@ -2,8 +2,8 @@
 
 A shared lease is taken by the first request for weights, and given back when no request was under way for a moment, before
 the trial waits for anything else, and by its death. The pool may end it earlier: the guard of the server then refuses the
-next request, and the trial asks the pool again. A training's lease is kept for that moment too. What the trial does next
-takes over from what it still has, in one call to the pool, so that nobody comes between.
+next request, and the trial asks the pool again. A training's lease is kept for that moment too, and goes over to what the
+trial asks for next in one call to the pool, so that nobody comes between; so do shared leases to a training.
 """
 
 import math
@@ -77,6 +77,8 @@ class LeasedModels:
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}
         self._trained: list[_Trained] = []
+        self._asks = 0
+        """Calls of the pool that are under way."""
         self._asking: dict[str, Future[None]] = {}
         self._lost: dict[str, tuple[int, int]] = {}
         """Servers that could not be reached, for the next ask: weights to server and incarnation."""
@@ -115,9 +117,14 @@ class LeasedModels:
         except BaseException:
             self._end({lease.number: None})
             raise
-        with self._lock:
-            self._trained.append(_Trained(lease, trained, time.monotonic()))
         self.weights[trained.id] = trained
+        with self._lock:
+            # Another training of this trial may wait for the server, or nobody be there any more to give it back.
+            kept = not self._asks and not self._closed.is_set()
+            if kept:
+                self._trained.append(_Trained(lease, trained, time.monotonic()))
+        if not kept:
+            self._end({lease.number: trained})
         return trained
 
     def add(self, weights: Weights) -> None:
@@ -139,11 +146,11 @@ class LeasedModels:
             self._held.clear()
             return returned | self._returned_trainings()
 
-    def _returned_trainings(self, until: float = math.inf) -> Returned:
-        """The leases of trainings that ended until then, which are this trial's no more. For who has the lock."""
-        ended = [trained for trained in self._trained if trained.at <= until]
-        self._trained = [trained for trained in self._trained if trained.at > until]
-        return {trained.lease.number: trained.made for trained in ended}
+    def _returned_trainings(self, *, base: str | None = None, until: float = math.inf) -> Returned:
+        """The leases of trainings of a base that ended until then, which are this trial's no more. For who has the lock."""
+        returned = [trained for trained in self._trained if base in (None, trained.made.base) and trained.at <= until]
+        self._trained = [trained for trained in self._trained if trained not in returned]
+        return {trained.lease.number: trained.made for trained in returned}
 
     def _take(self, weights_id: str) -> _Held:
         """A lease for one more request. However many threads want it, one asks the pool and the others wait for it."""
@@ -158,7 +165,7 @@ class LeasedModels:
                 mine = asking is None
                 if asking is None:
                     asking = self._asking[weights_id] = Future()
-                    returned = self._returned_trainings()
+                    returned = self._returned_trainings(base=self.weights[weights_id].base)
             if not mine:
                 asking.result()
                 continue
@@ -185,6 +192,15 @@ class LeasedModels:
         lost: tuple[int, int] | None = None,
         returned: Returned | None = None,
     ) -> Lease:
+        with self._lock:
+            self._asks += 1
+        try:
+            return self._asked(weights, exclusive, lost, returned or {})
+        finally:
+            with self._lock:
+                self._asks -= 1
+
+    def _asked(self, weights: Weights, exclusive: bool, lost: tuple[int, int] | None, returned: Returned) -> Lease:
         deadline, request = None, f"{self._holder}/{secrets.token_hex(4)}"
         while True:
             try:
@@ -197,7 +213,7 @@ class LeasedModels:
                     exclusive=exclusive,
                     lost=lost,
                     urgency=self.urgency,
-                    returned=returned or {},
+                    returned=returned,
                 )
             except ActorGone as gone:
                 deadline = deadline or time.monotonic() + RESTART_S
@@ -227,5 +243,5 @@ class LeasedModels:
                 due = time.monotonic() - LINGER_S
                 idle = [w for w, held in self._held.items() if held.in_flight == 0 and held.idle_since <= due]
                 returned: Returned = {self._held.pop(weights_id).lease.number: None for weights_id in idle}
-                returned |= self._returned_trainings(due)
+                returned |= self._returned_trainings(until=due)
             self._end(returned)

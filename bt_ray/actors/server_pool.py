@@ -137,8 +137,8 @@ class ServerPool:
             self._note_server(lost[0], "lost", reason=f"{holder.partition('#')[0]} could not reach it")
             self._placement.lost(*lost)
         self._forget(self._by_request.get(request))
-        self._take_back(returned or {})
-        ask = Ask(next(self._numbers), holder, weights, exclusive, time.monotonic(), urgency, bool(returned))
+        goes_on = self._take_back(returned or {})
+        ask = Ask(next(self._numbers), holder, weights, exclusive, time.monotonic(), urgency, goes_on)
         self._by_request[request], self._requests[ask.lease] = ask.lease, request
         future = asyncio.get_running_loop().create_future()
         self._waiting[ask.lease] = future
@@ -183,18 +183,21 @@ class ServerPool:
         for task in self._tasks:
             task.cancel()
 
-    def _take_back(self, returned: Returned) -> None:
-        for lease, made in returned.items():
+    def _take_back(self, returned: Returned) -> bool:
+        """End leases; whether one of them was on a server until now."""
+        for lease in returned:
             self._note(LeaseChanged(time.time(), lease, "ended"))
-            self._forget(lease, made)
+        there = [self._forget(lease, made) for lease, made in returned.items()]
+        return any(there)
 
-    def _forget(self, lease: int | None, made: Weights | None = None) -> None:
+    def _forget(self, lease: int | None, made: Weights | None = None) -> bool:
         if lease is not None:
             future = self._waiting.pop(lease, None)
             if future is not None:
                 future.cancel()  # nobody listens any more, or it is done
             self._by_request.pop(self._requests.pop(lease, ""), None)
-            self._placement.ended(lease, time.monotonic(), made)
+            return self._placement.ended(lease, time.monotonic(), made)
+        return False
 
     def _start(self) -> None:
         """Begin. Not in the constructor, which has no event loop."""

@@ -236,4 +236,7 @@ def test_a_training_tells_the_pool_what_it_made_with_what_the_trial_asks_for_nex
         models.finetune(student.id, [], {})
     models.finetune(student.id, [], {})
     models.close()
-    assert ray.get(pool.told.remote()) == [{}, {1: made}, {2: None}, {}, {3: made}], "what goes on takes over; the rest ends"
+    models.finetune(student.id, [], {})
+    assert ray.get(pool.told.remote()) == [{}, {1: made}, {2: None}, {}, {3: made}, {}, {4: made}], (
+        "what goes on takes over; the rest ends"
+    )

@@ -180,7 +180,9 @@ def test_nobody_shares_with_a_training_or_ends_it() -> None:
     others = [pool.ask(A), pool.ask(A1, exclusive=True)]
     pool.settle(1000)
     assert [pool.server_of(lease) for lease in others] == [None, None]
-    pool.end(training)
+    assert pool.placement.ended(training, pool.now)
+    assert not pool.placement.ended(training, pool.now), "it has ended before"
+    pool.settle()
     assert pool.server_of(others[1]) == 0, "trainings come first"
     pool.end(others[1])
     assert pool.server_of(others[0]) == 0
