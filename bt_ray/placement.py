@@ -191,7 +191,7 @@ class Placement:
                 self._give(server, ask)
                 del candidates[slots]
         for server in self.servers.values():
-            if server.state is State.READY:
+            if server.state is State.READY and len(server.granted) < len(server.leases):
                 for lease in sorted(server.leases.keys() - server.granted):
                     server.granted.add(lease)
                     self._actions.append(Grant(server.leases[lease], server.number))
@@ -344,12 +344,13 @@ class Placement:
                 self._release(server)
 
     def _release_idle(self, now: float) -> None:
+        idle = [s for s in self.servers.values() if now - s.idle_since >= self.policies[s.slots].idle_timeout_s and s.free]
+        if not idle:
+            return
         wanted = {self._slots(ask.weights) for ask in self.waiting}
         there = Counter(server.slots for server in self.servers.values())
-        free = [server for server in self.servers.values() if server.free and server.slots not in wanted]
-        for server in sorted(free, key=lambda server: server.idle_since):
-            policy = self.policies[server.slots]
-            if now - server.idle_since >= policy.idle_timeout_s and there[server.slots] > policy.minimum:
+        for server in sorted(idle, key=lambda server: server.idle_since):
+            if server.slots not in wanted and there[server.slots] > self.policies[server.slots].minimum:
                 there[server.slots] -= 1
                 self._release(server)
 
