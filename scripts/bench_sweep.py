@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 SUPPORT = ROOT / "tests" / "support"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
 
-from simulate import measured  # noqa: E402 - the path comes first
+from simulation.measured import busy_seconds, held_leases, measured  # noqa: E402 - the path comes first
 from simulation.schedules import best_makespan, trains  # noqa: E402
 from simulation.sweep import Simulation, Switches, Times  # noqa: E402
 
@@ -194,7 +194,7 @@ def swept(values: dict[str, Any]) -> dict[str, Any]:
     manifests = [json.loads(file.read_text()) for file in Path(values["run_dir"]).glob("steps/*/manifest-*.json")]
     ended = max(manifest["started"] + manifest["seconds"] for manifest in manifests)
     events = [json.loads(line) for line in Path(values["run_dir"], "events.jsonl").read_text().splitlines()]
-    busy = busy_seconds(events)
+    busy = busy_seconds(held_leases(events))
     return {
         "wall_s": wall_s,
         "makespan_s": ended - started,
@@ -232,29 +232,6 @@ def peak_memory() -> Iterator[dict[str, float]]:
     yield peaks
     ended.set()
     watching.join()
-
-
-def busy_seconds(events: Sequence[Mapping[str, Any]]) -> float:
-    """How long servers had leases, summed over the servers."""
-    server_of = {event["lease"]: event["server"] for event in events if event.get("state") == "granted"}
-    held: dict[int, set[int]] = {}
-    since: dict[int, float] = {}
-    busy = 0.0
-    for event in events:
-        lease = event.get("lease")
-        if lease not in server_of or event["state"] not in ("granted", "ended", "revoked"):
-            continue
-        server = server_of[lease]
-        leases = held.setdefault(server, set())
-        if event["state"] == "granted":
-            if not leases:
-                since[server] = event["at"]
-            leases.add(lease)
-        elif lease in leases:
-            leases.remove(lease)
-            if not leases:
-                busy += event["at"] - since[server]
-    return busy
 
 
 def looped(values: dict[str, Any]) -> dict[str, Any]:

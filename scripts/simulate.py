@@ -15,7 +15,6 @@ import argparse
 import html
 import io
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,41 +24,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from simulation.schedules import trains
+from simulation.measured import measured
 from simulation.sweep import Outcome, Simulation, Switches, Times
 
 from bt_ray.errors import amount
-from bt_ray.run_directory import read_steps
-from bt_ray.storage import open_storage
 from bt_ray.strategy import all_prefixes, every
-
-
-def measured(run_dir: Path) -> Times:
-    """The times that a finished sweep took."""
-    storage = open_storage(str(run_dir.resolve()))
-    _, steps = read_steps(storage)
-    events = [json.loads(line) for line in (storage.read("events.jsonl") or b"").splitlines()]
-    began: dict[int, float] = {}
-    seconds: dict[str, list[float]] = {"start": [], "swap": [], "train": [], "prompt": [], "evaluate": []}
-    for event in events:
-        state = event.get("state", "")
-        if state in ("serving, start", "serving, swap"):
-            seconds[state.removeprefix("serving, ")].append(event["seconds"])
-        elif event.get("exclusive") and state == "granted":
-            began[event["lease"]] = event["at"]
-        elif state == "ended" and event["lease"] in began:
-            seconds["train"].append(event["at"] - began[event["lease"]])
-    evaluated = Times.evaluate
-    if (baseline := next((step for step in steps.values() if not step.prefix), None)) is not None:
-        up = next((event["at"] for event in events if event.get("state") == "serving, start"), 0.0)
-        evaluated = max(1.0, baseline.started + baseline.seconds - max(up, baseline.started))
-    seconds["evaluate"].append(evaluated)
-    for step in steps.values():
-        if step.prefix and not trains(step.prefix):
-            seconds["prompt"].append(max(0.0, step.seconds - evaluated))
-    found = {what: statistics.median(values) for what, values in seconds.items() if values}
-    return replace(Times(), **found)
-
 
 COMPARED: dict[str, dict[str, Any]] = {
     "as shipped": {},

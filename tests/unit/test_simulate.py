@@ -5,6 +5,7 @@ import itertools
 import math
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from simulate import advice, page, simulated
+from simulation.measured import alone_seconds, busy_seconds, held_leases
 from simulation.schedules import best_makespan, lower_bound
 from simulation.sweep import Simulation, Switches, Times
 
+from bt_ray.store import FinishedStep
 from bt_ray.strategy import BASELINE, all_prefixes, every, parent
 
 EXACT = Times(start=10, swap=1, train=100, prompt=50, evaluate=20, trial=3, spread=0)
@@ -73,6 +76,44 @@ def test_fetching_costs_nothing_on_the_node_that_trained_and_less_when_it_is_don
         )
 
     assert makespans(True) < makespans(False)
+
+
+def test_a_step_took_its_part_of_the_servers_that_it_had_leases_on_and_no_wait() -> None:
+    def granted(at: float, lease: int, strategy: str, exclusive: bool = False) -> dict[str, Any]:
+        return {
+            "at": at,
+            "lease": lease,
+            "state": "granted",
+            "holder": f"trial {strategy}",
+            "exclusive": exclusive,
+            "server": 0,
+        }
+
+    events: list[dict[str, Any]] = [
+        {"at": 10, "lease": 1, "state": "asked", "holder": "trial p -> w", "exclusive": False},
+        granted(20, 1, "p -> w"),
+        granted(30, 2, "w, process 2"),
+        {"at": 50, "lease": 2, "state": "revoked", "holder": "trial w", "exclusive": False, "server": 0},
+        {"at": 60, "lease": 2, "state": "ended"},
+        {"at": 60, "lease": 1, "state": "ended"},
+        granted(65, 3, "p -> w", exclusive=True),
+        {"at": 70, "lease": None, "state": "holder died", "holder": "trial p -> w"},
+    ]
+    held = held_leases(events)
+    assert [(lease.began, lease.ended, lease.exclusive) for lease in held] == [
+        (30, 50, False),
+        (20, 60, False),
+        (65, 70, True),
+    ]
+    assert busy_seconds(held) == 40 + 5
+
+    def alone(prefix: str, started: float, seconds: float) -> float:
+        return alone_seconds(FinishedStep("", "", prefix, None, (), started, seconds, {}, "", 0, {}), held)
+
+    assert alone("p", 5, 57) == 10 + 20 / 2 + 10, "it waited until 20, and was not alone from 30 to 50"
+    assert alone("w", 25, 35) == 20 / 2
+    assert alone("p", 45, 20) == 5 / 2 + 10
+    assert alone("p -> p", 5, 57) == 0
 
 
 def test_slots_that_are_asked_for_as_they_are_wanted_idle_less() -> None:
