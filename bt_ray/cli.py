@@ -47,7 +47,10 @@ SetOption = Annotated[
 ]
 AddressOption = Annotated[
     str | None,
-    typer.Option("--address", help='The Ray cluster: "auto" or its address. Default: one of its own, on this machine.'),
+    typer.Option(
+        "--address",
+        help='The Ray cluster: "auto" or its address. Default: that of RAY_ADDRESS or of the job, else one of its own.',
+    ),
 ]
 
 RunDirArgument = Annotated[

@@ -58,7 +58,7 @@ class Task:
         trainset: Training examples, with their inputs marked.
         metric: `metric(example, prediction, trace=None)`, as for `dspy.BetterTogether`; a coroutine function is awaited.
         valset: Validation examples. Without it, `valset_ratio` of the trainset is held out.
-        testset: Examples that no step sees; the winner is scored on them once, at the end.
+        testset: Examples that no step sees; the best of each strategy is scored on them once, at the end.
         optimizers: Called anew for each step, inside `dspy.context(lm=<the step's LM>)`; gives what one would give to
             `BetterTogether(metric, **optimizers)`. Default: BetterTogether's own `p` and `w`.
         teacher: A program, or several, for the optimizers that take one. It needs LMs of its own, or none at all.

@@ -8,7 +8,7 @@
 Discrete events around the real `bt_ray.placement`, `bt_ray.claims` and order of trials. What takes time is drawn, for each
 step and each server anew, from log-normal distributions around medians: those of the demo on two CPU cores, unless `--like`
 names a run directory to measure, or an option gives one. Beside the makespan stands its ratio to what no schedule can beat
-(the largest over t of t + work that cannot start before t / slots, of the steps' times alone), and what the slots cost.
+(the largest, over all times t, of t + (the work of steps that cannot start before t) / slots), and what the slots cost.
 """
 
 import argparse
