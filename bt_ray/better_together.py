@@ -20,9 +20,8 @@ import dspy
 from dspy.teleprompt.bootstrap_finetune import FinetuneTeleprompter
 from dspy.teleprompt.teleprompt import Teleprompter
 
-from bt_ray.errors import InfrastructureFailure, TaskError
+from bt_ray.errors import TaskError
 from bt_ray.evaluation import Evaluator, Limits, LostAnswers, Scores
-from bt_ray.failures import Side, side_of
 from bt_ray.lm import STEP_SETTING, EmptyTrainingSet, ServedEngine, student_lm
 from bt_ray.results import StepFailure, failure_of
 from bt_ray.strategy import BASELINE, SEPARATOR
@@ -156,20 +155,17 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
 
     def _kept(self, prefix: str, compute: Callable[[], StepOutcome]) -> StepOutcome:
         """The step as it is on the store, computed if it is not there yet; again if infrastructure was lost meanwhile."""
+
+        def attempt() -> StepOutcome:
+            with self._step(prefix):
+                return compute()
+
+        name = f"Step {prefix or 'baseline'!r}"
         with self._steps.claim(prefix) as claim:
             if claim.finished is not None:
                 return claim.finished
-            outcome: StepOutcome | None = None
-            for left in range(self._retries, -1, -1):
-                try:
-                    outcome = outcome or compute()
-                    self._latch.check()
-                    return claim.commit(outcome)
-                except (Exception, InfrastructureFailure) as failure:
-                    if left == 0 or side_of(failure) is not Side.INFRASTRUCTURE:
-                        raise
-                    logger.warning("Step %r lost its infrastructure and is repeated: %s", prefix or "baseline", failure)
-                    self._latch.release()
+            outcome = self._latch.retried(attempt, self._retries, name)
+            return self._latch.retried(lambda: claim.commit(outcome), self._retries, f"{name}, whose result is kept,")
         raise AssertionError("a claim does not swallow exceptions")
 
     def _computed(self, prefix: str, given: tuple[Any, ...], rest: tuple[Any, ...]) -> StepOutcome:
@@ -241,10 +237,10 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         return StepOutcome(prefix, program, score, scores, started, time.time() - started, errors)
 
     def _step(self, prefix: str) -> Any:
-        """The context that a step's threads inherit; requests of any other step are refused from now on."""
+        """The context that the threads of an attempt at a step inherit; requests of any other are refused from now on."""
         self._running = prefix
-        self._engine.step = prefix
-        return dspy.context(**{STEP_SETTING: prefix})
+        self._engine.step = f"{prefix or 'baseline'}, attempt {self._latch.attempt}"
+        return dspy.context(**{STEP_SETTING: self._engine.step})
 
     def _context(self, prefix: str, lm: dspy.LM) -> StepContext:
         return StepContext(prefix=prefix, seed=step_seed(self._seed, prefix), scratch_dir=self._scratch_dir(prefix), lm=lm)

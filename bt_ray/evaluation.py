@@ -105,13 +105,14 @@ def told(call: Callable[..., Any], latch: FailureLatch, errors: list[str]) -> Ca
 
     What else it raises, for which the example scores 0, is added to `errors`.
     """
+    attempt = latch.attempt
 
     def called(*args: Any, **kwargs: Any) -> Any:
         try:
             return call(*args, **kwargs)
         except Exception as error:
             if is_lost_answer(error):
-                raise latch.trip(error) from error
+                raise latch.trip(error, attempt) from error
             errors.append(one_line(error))
             raise
 
@@ -125,7 +126,7 @@ class LostAnswers(BaseCallback):  # type: ignore[misc]
     """
 
     def __init__(self, latch: FailureLatch) -> None:
-        self._latch = latch
+        self._latch, self._attempt = latch, latch.attempt
         self._depth: ContextVar[int] = ContextVar("depth", default=0)
 
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
@@ -134,7 +135,7 @@ class LostAnswers(BaseCallback):  # type: ignore[misc]
     def on_module_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
         self._depth.set(self._depth.get() - 1)
         if self._depth.get() == 0 and isinstance(exception, Exception) and is_lost_answer(exception):
-            self._latch.trip(exception)
+            self._latch.trip(exception, self._attempt)
 
     on_lm_start, on_lm_end = on_module_start, on_module_end
 

@@ -16,6 +16,7 @@ from dspy.lm15 import LM15Error
 from dspy.utils.exceptions import (
     AdapterParseError,
     ContextWindowExceededError,
+    LMRateLimitError,
     LMServerError,
     LMTimeoutError,
     LMTransportError,
@@ -37,11 +38,13 @@ LOST_ANSWER = (
     dspy.lm15.TransportError,
     dspy.lm15.TimeoutError,
     dspy.lm15.ServerError,
+    dspy.lm15.RateLimitError,
     LMTransportError,
     LMTimeoutError,
     LMServerError,
+    LMRateLimitError,
 )
-"""No answer came from a model server, or from an API: refused, reset, too late, HTTP 5xx."""
+"""No answer came from a model server, or from an API: refused, reset, too late, HTTP 5xx, too many requests (429)."""
 LOST_MACHINE = (builtins.ConnectionError, builtins.TimeoutError, MemoryError)
 FAILING_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS, errno.ENODEV, errno.ENXIO)
 OF_THE_MODEL = (AdapterParseError, ContextWindowExceededError, dspy.lm15.ContextLengthError)

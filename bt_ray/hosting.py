@@ -4,15 +4,19 @@ The pool of a sweep implements it over Ray (`bt_ray.actors.leased_models`); `bt_
 (`bt_ray.local_models`).
 """
 
+import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from bt_ray.errors import InfrastructureFailure, ServerError
+from bt_ray.failures import Side, side_of
 from bt_ray.serving.server import Endpoint
 from bt_ray.weights import Weights
 
+logger = logging.getLogger(__name__)
+Found = TypeVar("Found")
 Conversation = dict[str, Any]
 """`{"messages": [{"role": ..., "content": ...}, ...]}`; the last message is what to learn."""
 
@@ -82,24 +86,48 @@ class NoModels:
 
 
 class FailureLatch:
-    """Remembers that infrastructure was lost for good, since DSPy forgets exceptions. One for each trial."""
+    """Remembers that infrastructure was lost for good, since DSPy forgets exceptions. One for each trial.
+
+    Attributes:
+        attempt: Counts what is tried again. Threads that an earlier attempt left behind must not fail a later one, so
+            whoever trips the latch says in which attempt it began.
+    """
 
     def __init__(self) -> None:
+        self.attempt = 0
         self._lock = threading.Lock()
         self._failure: InfrastructureFailure | None = None
 
-    def trip(self, error: Exception) -> InfrastructureFailure:
-        """Remember `error`, and return the failure to raise."""
+    def trip(self, error: Exception, attempt: int) -> InfrastructureFailure:
+        """Remember `error`, if it is of the attempt that is under way, and return the failure to raise."""
+        failure = InfrastructureFailure(str(error))
+        failure.__cause__ = error
         with self._lock:
+            if attempt != self.attempt:
+                return failure
             if self._failure is None:
-                self._failure = InfrastructureFailure(str(error))
-                self._failure.__cause__ = error
+                self._failure = failure
             return self._failure
 
     def release(self) -> None:
-        """Forget what was remembered: the step is tried again."""
+        """Forget what was remembered: another attempt begins."""
         with self._lock:
             self._failure = None
+            self.attempt += 1
+
+    def retried(self, compute: Callable[[], Found], retries: int, what: str) -> Found:
+        """What `compute` gives, tried again if infrastructure was lost meanwhile; whatever else it raises is raised."""
+        for left in range(retries, -1, -1):
+            try:
+                found = compute()
+                self.check()
+                return found
+            except (Exception, InfrastructureFailure) as failure:
+                if left == 0 or side_of(failure) is not Side.INFRASTRUCTURE:
+                    raise
+                logger.warning("%s lost its infrastructure and is repeated: %s", what, failure)
+                self.release()
+        raise AssertionError("the last attempt returns or raises")
 
     def check(self) -> None:
         """Raises the failure that was remembered, if any."""

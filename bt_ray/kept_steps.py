@@ -97,7 +97,7 @@ class KeptSteps:
             fence = granted
             claim = KeptClaim(self, key, fence)
             if fence is None:
-                claim.finished = self._outcome(self._finished(key), loaded=True)
+                claim.finished = self.outcome(self._finished(key), loaded=True)
             else:
                 self._on_claim(prefix)
             yield claim
@@ -114,7 +114,7 @@ class KeptSteps:
             self._abandon(key, fence)
             raise
 
-    def commit(self, key: StepKey, fence: int, outcome: StepOutcome, usage: Usage) -> StepOutcome:
+    def commit(self, key: StepKey, fence: int, outcome: StepOutcome, usage: Usage) -> FinishedStep:
         attempt = attempt_name(fence)
         step = FinishedStep(
             key=key.key,
@@ -138,7 +138,7 @@ class KeptSteps:
             raise InfrastructureError(f"The claim on step {key.prefix!r} went to another trial.")
         self._store.commit(step, attempt)
         self._claims.end(key.key, fence, committed=True)
-        return self._outcome(step, loaded=False)
+        return step
 
     @property
     def usage(self) -> Usage:
@@ -152,10 +152,10 @@ class KeptSteps:
             time.sleep(0.5)  # NFS tells nobody when it shows another node's file
         return step
 
-    def _outcome(self, step: FinishedStep, *, loaded: bool) -> StepOutcome:
+    def outcome(self, step: FinishedStep, *, loaded: bool) -> StepOutcome:
         """The step as it is on the store."""
-        self._on_step(step, loaded)
         program = self.rebuilt(step)
+        self._on_step(step, loaded)
         return StepOutcome(
             step.prefix, program, step.score, step.example_scores, step.started, step.seconds, step.example_errors
         )
@@ -186,11 +186,15 @@ class KeptClaim:
 
     def __post_init__(self) -> None:
         self._usage_before = self.steps.usage
+        self._committed: FinishedStep | None = None
 
     def commit(self, outcome: StepOutcome) -> StepOutcome:
-        """Keep what was computed, and return it as it was kept."""
+        """Keep what was computed, and return it as it was kept. May be tried again if that fails."""
         assert self.fence is not None
-        return self.steps.commit(self.key, self.fence, outcome, self.steps.usage.since(self._usage_before))
+        if self._committed is None:
+            usage = self.steps.usage.since(self._usage_before)
+            self._committed = self.steps.commit(self.key, self.fence, outcome, usage)
+        return self.steps.outcome(self._committed, loaded=False)
 
 
 def installed_versions() -> dict[str, str]:

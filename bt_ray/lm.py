@@ -123,15 +123,17 @@ class ServedEngine:
             LM15Error: The model's or the caller's failure, as DSPy knows it (a context that is too long, say).
             InfrastructureFailure: No server answered, however often it was tried (`ServerError` without a latch).
         """
+        attempt = 0
         if self.latch is not None:
             self.latch.check()
+            attempt = self.latch.attempt
         weights_id = request.model.removeprefix(MODEL_PREFIX)
         try:
             response = self._answered(request, weights_id)
         except InfrastructureError as error:
             lost = ServerError(f"No server answered for weights {weights_id}: {error}")
             lost.__cause__ = error
-            raise lost if self.latch is None else self.latch.trip(lost) from error
+            raise lost if self.latch is None else self.latch.trip(lost, attempt) from error
         self.add(usage_of(response))
         return response
 
@@ -165,7 +167,7 @@ class ServedEngine:
         """Threads that a finished evaluation left behind must not bring old weights back."""
         asking = dspy.settings.get(STEP_SETTING)
         if asking is not None and self.step is not None and asking != self.step:
-            raise RuntimeError(f"Step {asking!r} has ended; its requests are refused.")
+            raise RuntimeError(f"This step ({asking}) has ended; its requests are refused.")
 
     def _client(self, endpoint: Endpoint) -> LM15Engine:
         with self._lock:
@@ -244,11 +246,12 @@ class ServedProvider(Provider):  # type: ignore[misc]
         """Fine-tune, and return the `model` of the result. Runs in DSPy's own thread, which passes on `Exception` alone."""
         if not train_data:
             raise EmptyTrainingSet("The metric's filter left no training data.")
+        attempt = self._latch.attempt if self._latch is not None else 0
         try:
             weights = self._models.finetune(model.removeprefix(MODEL_PREFIX), train_data, train_kwargs or {})
         except InfrastructureError as error:
             if self._latch is not None:
-                self._latch.trip(error)
+                self._latch.trip(error, attempt)
             raise
         return f"{MODEL_PREFIX}{weights.id}"
 

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,8 @@ from bt_ray.weights import MANIFEST, WEIGHTS, Weights, file_digests
 
 RESERVE = 0.05
 """Share of the disk that copies leave free."""
+AGAIN_S = 0.1
+"""Seconds after which a slot that lacks a copy looks again what another one does about it."""
 
 
 class NodeWeights:
@@ -98,16 +101,24 @@ class NodeWeights:
         with folder.with_name(f".{weights.id}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH)
             while not (folder / MANIFEST).is_file():
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not (folder / MANIFEST).is_file():
-                    remove_parts(folder)
-                    self._make_room(self._storage.size(weights.path))
-                    self._storage.download(weights.path, folder)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:  # another slot makes the copy, or has made it, and keeps it while it serves it
+                    fcntl.flock(lock, fcntl.LOCK_UN)
+                    time.sleep(AGAIN_S)
+                else:
                     if not (folder / MANIFEST).is_file():
-                        raise self._gone(weights)
+                        self._make_copy(weights, folder)
                 fcntl.flock(lock, fcntl.LOCK_SH)  # for a moment it is nobody's, so the loop looks again
             os.utime(folder)
             yield folder
+
+    def _make_copy(self, weights: Weights, folder: Path) -> None:
+        remove_parts(folder)
+        self._make_room(self._storage.size(weights.path))
+        self._storage.download(weights.path, folder)
+        if not (folder / MANIFEST).is_file():
+            raise self._gone(weights)
 
     def _gone(self, weights: Weights) -> StorageError:
         return StorageError(f"The weights {weights.path} in {self._storage.location} are gone.")
@@ -124,7 +135,7 @@ class NodeWeights:
             with self._unused(weights_id) as unused:
                 if unused:
                     remove_parts(copies / weights_id)
-        for folder in sorted((f for f in copies.iterdir() if not f.name.startswith(".")), key=lambda f: f.stat().st_mtime):
+        for folder in sorted((f for f in copies.iterdir() if not f.name.startswith(".")), key=_last_used):
             if shutil.disk_usage(copies).free >= wanted:
                 return
             with self._unused(folder.name) as unused:
@@ -147,3 +158,11 @@ class NodeWeights:
                 yield False
             else:
                 yield True
+
+
+def _last_used(copy: Path) -> float:
+    """When a copy was last used, as Unix time; it may be removed meanwhile."""
+    try:
+        return copy.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -96,9 +96,9 @@ class Placement:
     def holder_died(self, holder: str, now: float) -> None:
         """All that a holder has, and waits for, has ended; its training is to be stopped."""
         training = [s for s in self.servers.values() if s.training is not None and s.training.holder == holder]
-        for lease in [ask.lease for ask in self.waiting] + [lease for s in self.servers.values() for lease in s.leases]:
-            if self._holder(lease) == holder:
-                self.ended(lease, now)
+        asks = [*self.waiting, *(ask for server in self.servers.values() for ask in server.leases.values())]
+        for lease in [ask.lease for ask in asks if ask.holder == holder]:
+            self.ended(lease, now)
         for server in training:
             server.training = None
             server.state = State.STOPPING
@@ -357,10 +357,6 @@ class Placement:
     def _release(self, server: Server) -> None:
         del self.servers[server.number]
         self._actions.append(Release(server.number, server.leaving))
-
-    def _holder(self, lease: int) -> str | None:
-        asks = [*self.waiting, *(ask for server in self.servers.values() for ask in server.leases.values())]
-        return next((ask.holder for ask in asks if ask.lease == lease), None)
 
 
 @dataclass(frozen=True)

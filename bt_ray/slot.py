@@ -292,9 +292,11 @@ class Slot:
         """
         stops = self._stops
         key = training_key(parent, conversations, config, seed, adapter=self._config.adapters > 0)
-        if (finished := self._trainings.finished(key)) is not None and self._is_whole(finished):
+        if (finished := self._finished(key)) is not None:
             return finished
         with self._turn:
+            if (finished := self._finished(key)) is not None:  # in the turn before this one
+                return finished
             self._make_way()
             attempt = self._trainings.attempt(key, new_weights_id(parent))
             try:
@@ -305,15 +307,18 @@ class Slot:
             finally:
                 attempt.close()
 
-    def _is_whole(self, weights: Weights) -> bool:
-        """Whether finished weights are as their training left them. Else they are trained again."""
+    def _finished(self, key: str) -> Weights | None:
+        """The weights of a training that finished before, if they are as it left them. Else they are trained again."""
+        finished = self._trainings.finished(key)
+        if finished is None:
+            return None
         try:
-            with self._weights.loadable(weights) as loadable:
+            with self._weights.loadable(finished) as loadable:
                 self._weights.check(loadable)
         except StorageError as error:
             logger.warning("Slot %s: %s They are trained again.", self.name, error)
-            return False
-        return True
+            return None
+        return finished
 
     def _make_way(self) -> None:
         """Close the server for a training, and have it do what the settings say."""

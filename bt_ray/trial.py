@@ -186,18 +186,11 @@ def _evaluate_on_testset(setup: TrialSetup, best: Candidate) -> Tested:
         load_state(task.program, setup.store.read_program(best.program))
         testset = list(task.testset or ())
         limits, latch = Limits(config.num_threads, max_errors=len(testset) + 1), models.engine.latch
-        for left in range(config.trial.step_retries, -1, -1):
-            try:
-                with dspy.context(**dspy_settings(config)):
-                    scores = evaluator.scores(task.program, testset, limits)
-                latch.check()
-                return scores.percent, scores.of_examples
-            except (Exception, InfrastructureFailure) as failure:
-                if left == 0 or side_of(failure) is not Side.INFRASTRUCTURE:
-                    raise
-                logger.warning("The test lost its infrastructure and is repeated: %s", failure)
-                latch.release()
-    raise AssertionError("the last attempt returns or raises")
+        with dspy.context(**dspy_settings(config)):
+            scores = latch.retried(
+                lambda: evaluator.scores(task.program, testset, limits), config.trial.step_retries, "The test"
+            )
+    return scores.percent, scores.of_examples
 
 
 class _Reporter:

@@ -154,6 +154,7 @@ class LeasedModels:
 
     def _take(self, weights_id: str) -> _Held:
         """A lease for one more request. However many threads want it, one asks the pool and the others wait for it."""
+        weights = self.weights[weights_id]
         while True:
             with self._lock:
                 held = self._held.get(weights_id)
@@ -165,14 +166,14 @@ class LeasedModels:
                 mine = asking is None
                 if asking is None:
                     asking = self._asking[weights_id] = Future()
-                    returned = self._returned_trainings(base=self.weights[weights_id].base)
+                    returned = self._returned_trainings(base=weights.base)
             if not mine:
                 asking.result()
                 continue
             try:
                 self._end({old.lease.number: None} if old is not None else {})
                 lost = self._lost.pop(weights_id, None)
-                lease = self._ask_pool(self.weights[weights_id], lost=lost, returned=returned)
+                lease = self._ask_pool(weights, lost=lost, returned=returned)
             except BaseException as error:
                 with self._lock:
                     del self._asking[weights_id]

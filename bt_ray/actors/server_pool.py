@@ -147,6 +147,7 @@ class ServerPool:
         self._decide()
         return await future  # type: ignore[no-any-return]
 
+    @ray.method(max_task_retries=-1)  # type: ignore[untyped-decorator]
     async def end(self, returned: Returned) -> None:
         """Give leases back. Harmless for those that have ended before."""
         self._take_back(returned)
@@ -196,6 +197,7 @@ class ServerPool:
             if future is not None:
                 future.cancel()  # nobody listens any more, or it is done
             self._by_request.pop(self._requests.pop(lease, ""), None)
+            self._deaths.pop(lease, None)
             return self._placement.ended(lease, time.monotonic(), made)
         return False
 
@@ -297,17 +299,13 @@ class ServerPool:
         self._nodes.pop(number, None)
         self._endpoints.pop(number, None)
         self._note_server(number, "dead", reason=reason)
-        promised = [ask for ask in self._leases_on(number) if ask.lease in self._waiting]
+        promised = [ask for ask in self._placement.servers[number].leases.values() if ask.lease in self._waiting]
         self._placement.died(number)
         self._deaths.update(ask.lease for ask in promised)
         self._fail(
             [ask for ask in promised if self._deaths[ask.lease] >= DEATHS], f"Its server died {DEATHS} times: {reason}"
         )
         self._decide()
-
-    def _leases_on(self, number: int) -> list[Ask]:
-        server = self._placement.servers.get(number)
-        return list(server.leases.values()) if server is not None else []
 
     async def _serve(self, number: int, actor: "ActorHandle[Any]", weights: Weights, beside: tuple[Weights, ...]) -> None:
         began = time.monotonic()
@@ -348,7 +346,6 @@ class ServerPool:
         future = self._waiting.pop(ask.lease, None)
         if future is not None and not future.done():
             future.set_result(Lease(ask.lease, number, server.incarnation, endpoint, self._actors[number]))
-        self._deaths.pop(ask.lease, None)
 
     def _fail(self, asks: list[Ask], why: str) -> None:
         self._answer(asks, ServerError(why))
@@ -372,8 +369,14 @@ class ServerPool:
         self._decide()
 
     async def _stop(self, number: int, actor: "ActorHandle[Any]") -> None:
-        with contextlib.suppress(RayError):  # `_place` is told when it is dead
+        try:
             await _told(actor.stop)
+        except RayTaskError as error:
+            logger.warning("Server %s does not stop, and is replaced: %s", number, _reason(error))
+            ray.kill(actor)
+        except RayError:
+            return  # `_place` is told when it is dead
+        else:
             self._note_server(number, "idle", reason="its holder died")
             self._placement.stopped(number, time.monotonic())
             self._decide()

@@ -4,13 +4,15 @@ When a test of DSPy's behaviour fails with a newer DSPy, the difference may have
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import dspy
 import pytest
-from dspy.teleprompt import GEPA, SIMBA, BootstrapFewShot, BootstrapFewShotWithRandomSearch, BootstrapFinetune
+from dspy.teleprompt import GEPA, SIMBA, BootstrapFewShot, BootstrapFewShotWithRandomSearch, BootstrapFinetune, Teleprompter
+from dspy.utils.exceptions import LMServerError
 from support import tasks
 from support.failing_server import failing_server
 from support.slot_models import SlotModels
@@ -155,6 +157,30 @@ def test_an_answer_that_an_optimizer_lost_is_no_outcome(lm: ServedLM, optimizer:
         task = tasks.double(optimizers=lambda ctx: asking(api), optimizer_compile_args={})
         with pytest.raises(InfrastructureFailure, match="openai/large"):
             walk(task, lm, "p")
+
+
+class Swallowing(Teleprompter):  # type: ignore[misc]
+    """Goes on without the answer that it asked an API for."""
+
+    def __init__(self, api: dspy.LM, asked: list[str]) -> None:
+        self.api, self.asked = api, asked
+
+    def compile(self, student: dspy.Module, **arguments: Any) -> dspy.Module:
+        self.asked.append("")
+        with suppress(LMServerError):
+            self.api("a better instruction")
+        return student.deepcopy()
+
+
+def test_an_outcome_without_an_answer_is_computed_again_and_never_kept(lm: ServedLM) -> None:
+    lm.cache = True  # the step's evaluation asks nothing, as the baseline's had the same prompts
+    asked: list[str] = []
+    with failing_server("503") as url:
+        api = dspy.LM("openai/large", api_base=f"{url}/v1", api_key="none", num_retries=0, cache=False)
+        task = tasks.double(optimizers=lambda ctx: {"p": Swallowing(api, asked)}, optimizer_compile_args={})
+        with pytest.raises(InfrastructureFailure, match="openai/large"):
+            walk(task, lm, "p", retries=1)
+    assert len(asked) == 2
 
 
 class Wrapped(dspy.Module):  # type: ignore[misc]

@@ -1,5 +1,6 @@
 """The pool's actor on a real Ray: it grows and shrinks, and holds several models and versions at once."""
 
+import asyncio
 import json
 import secrets
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from support.processes import wait_for
 from support.scripted_model import write_model
 
 from bt_ray.config import make_config
-from bt_ray.errors import TrainingError
+from bt_ray.errors import ServerError, TrainingError
 from bt_ray.placement_state import Policy
 from bt_ray.storage import open_storage
 from bt_ray.weights import MANIFEST, Weights, base_weights, fine_tuned
@@ -192,6 +193,34 @@ def test_weights_are_fetched_to_a_node_while_they_are_waited_for(
     ray.get(pool.end.remote({training.number: None}))
     assert answer(ray.get(waiting), 4) == "8"
     assert len(s3.requests("student-ft-1/model.safetensors")) == requests_before
+
+
+def test_weights_that_nobody_knows_are_an_error_each_time(settings: dict[str, Any]) -> None:
+    from bt_ray.actors.leased_models import LeasedModels
+
+    models = LeasedModels("test", None, make_config(settings))  # type: ignore[arg-type]
+    for _ in range(2):
+        with pytest.raises(KeyError, match="unknown"), models.request("unknown"):
+            pass
+    models.close()
+
+
+def test_a_server_whose_training_does_not_stop_is_replaced(settings: dict[str, Any]) -> None:
+    import ray
+
+    from bt_ray.actors.server_pool import ServerPool, ServerSettings
+
+    @ray.remote
+    class Stuck:
+        def stop(self) -> None:
+            raise ServerError("It cannot be killed.")
+
+    given = ServerSettings(make_config(settings).server, "token", False, settings["run_dir"])
+    pool = ServerPool.__ray_metadata__.modified_class(given, {}, {})  # type: ignore[attr-defined]
+    stuck = Stuck.remote()  # type: ignore[attr-defined]
+    asyncio.run(pool._stop(0, stuck))
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        ray.get(stuck.stop.remote())
 
 
 def test_a_training_tells_the_pool_what_it_made_with_what_the_trial_asks_for_next(

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,15 @@ def test_stop_ends_a_training(config: SweepConfig, base: Weights, tmp_path: Path
     wait_for("the training", lambda: slot.status().state == "training")
     slot.stop()
     assert isinstance(training.error(), TrainingError)
+
+
+def test_a_training_that_waited_for_its_like_is_not_repeated(config: SweepConfig, base: Weights, tmp_path: Path) -> None:
+    slot = slot_of(config, tmp_path, SCRIPTED_TRAIN_S="2")
+    conversations = [{"messages": [{"role": "assistant", "content": "4"}]}]
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(lambda _: slot.train(base, conversations, config.train, seed=0), range(2))
+    assert first == second
+    assert len(list((tmp_path / "weights").iterdir())) == 1
 
 
 def test_a_proxy_is_never_asked(config: SweepConfig, base: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,10 @@ class Handler(BaseHTTPRequestHandler):
             status, body = {
                 "500": (500, "{}"),
                 "503": (503, "{}"),
+                "429": (
+                    429,
+                    '{"error": {"message": "Rate limit reached", "type": "requests", "code": "rate_limit_exceeded"}}',
+                ),
                 "engine out of memory": (500, ENGINE_DEAD),
                 "other weights": (409, '{"error": {"message": "serving others", "code": 409}}'),
                 "context too long": (400, TOO_LONG),

@@ -11,11 +11,11 @@ from bt_ray.config import make_config
 from bt_ray.evaluation import LocalEvaluator
 from bt_ray.fingerprint import StepKey, digest
 from bt_ray.kept_steps import KeptSteps
-from bt_ray.lm import ServedEngine, ServedLM, Usage, assign_lm
+from bt_ray.lm import ServedEngine, ServedLM, assign_lm
 from bt_ray.results import StepFailure
 from bt_ray.served_models import ServedModels
 from bt_ray.storage import open_storage
-from bt_ray.store import StepStore
+from bt_ray.store import FinishedStep, StepStore
 from bt_ray.strategy import parent, prefixes
 from bt_ray.task import Task
 
@@ -61,9 +61,10 @@ class OwnSteps(KeptSteps):
         )
         self.outcomes: list[StepOutcome] = []
 
-    def commit(self, key: StepKey, fence: int, outcome: StepOutcome, usage: Usage) -> StepOutcome:
-        kept = super().commit(key, fence, outcome, usage)
-        self.outcomes.append(kept)
+    def outcome(self, step: FinishedStep, *, loaded: bool) -> StepOutcome:
+        kept = super().outcome(step, loaded=loaded)
+        if not loaded:
+            self.outcomes.append(kept)
         return kept
 
 
@@ -76,7 +77,7 @@ class SoleWalk:
     failure: StepFailure | None
 
 
-def sole_walk(task: Task, lm: ServedLM, strategy: str, *, seed: int = 0, **arguments: Any) -> SoleWalk:
+def sole_walk(task: Task, lm: ServedLM, strategy: str, *, seed: int = 0, retries: int = 0, **arguments: Any) -> SoleWalk:
     """bt_ray's walk of `strategy`, with `lm` for the predictors that have none."""
     engine: ServedEngine = lm.engine
     folder: Path = engine.models.work_dir
@@ -85,7 +86,14 @@ def sole_walk(task: Task, lm: ServedLM, strategy: str, *, seed: int = 0, **argum
     assert engine.latch is not None
     evaluator = LocalEvaluator(task.metric, engine.latch)
     optimizer = SweepBetterTogether(
-        task, lm, seed=seed, scratch_dir=lambda prefix: folder, engine=engine, evaluator=evaluator, steps=steps
+        task,
+        lm,
+        seed=seed,
+        scratch_dir=lambda prefix: folder,
+        engine=engine,
+        evaluator=evaluator,
+        steps=steps,
+        retries=retries,
     )
     program = optimizer.walk(strategy, **arguments)
     return SoleWalk(program, steps.outcomes, optimizer.failure)

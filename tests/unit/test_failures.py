@@ -61,7 +61,7 @@ def test_a_model_server_that_does_not_answer_is_lost_infrastructure(how: str) ->
     assert side_of(error) is Side.INFRASTRUCTURE
 
 
-@pytest.mark.parametrize("how", ["refused", "reset", "timeout", "500", "503"])
+@pytest.mark.parametrize("how", ["refused", "reset", "timeout", "500", "503", "429"])
 def test_an_api_that_does_not_answer_is_lost_infrastructure(how: str) -> None:
     with failing_server(how) as url:
         lm = dspy.LM("openai/gpt", api_base=f"{url}/v1", api_key="x", num_retries=0, cache=False, timeout=0.5)

@@ -8,7 +8,7 @@ from dspy.utils.exceptions import LMServerError
 from support import tasks
 
 from bt_ray.errors import InfrastructureFailure
-from bt_ray.evaluation import LostAnswers
+from bt_ray.evaluation import LostAnswers, told
 from bt_ray.hosting import FailureLatch
 
 
@@ -52,6 +52,22 @@ def test_a_lost_answer_that_leaves_the_program_trips_the_latch() -> None:
 
 def test_one_that_the_program_goes_on_without_does_not() -> None:
     run(Careful(Asking(LOST))).check()
+
+
+def test_what_an_attempt_left_behind_does_not_fail_the_next_one() -> None:
+    latch, left_behind = FailureLatch(), []
+
+    def attempt() -> str:
+        left_behind.append(told(Asking(LOST), latch, []))
+        if len(left_behind) == 1:
+            left_behind[0](question="?")
+        with pytest.raises(InfrastructureFailure):
+            left_behind[0](question="?")
+        return "done"
+
+    assert latch.retried(attempt, 1, "The step") == "done"
+    with pytest.raises(InfrastructureFailure):
+        latch.retried(lambda: left_behind[1](question="?"), 0, "The step")
 
 
 def test_an_error_of_the_programs_own_does_not() -> None:

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import shutil
 import threading
 from collections import namedtuple
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.processes import wait_for
 
 from bt_ray.errors import StorageError
 from bt_ray.node_weights import NodeWeights
@@ -72,6 +74,31 @@ def test_several_slots_of_a_node_copy_once(tmp_path: Path, monkeypatch: pytest.M
         thread.join()
     assert seen == [b"ft-1" * 1000] * 8
     assert copied == ["weights/ft-1"]
+
+
+def test_a_slot_does_not_wait_for_one_that_serves_what_both_wanted(tmp_path: Path) -> None:
+    storage = Directory(tmp_path / "run", in_place=False)
+    weights, copies = trained(storage, tmp_path, "ft-1"), tmp_path / "cache" / "weights"
+    copies.mkdir(parents=True)
+    seen: list[bytes] = []
+
+    def load() -> None:
+        with node(storage, tmp_path / "cache").loadable(weights) as loadable:
+            seen.append(content(loadable))
+
+    with (copies / ".ft-1.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # another slot is about to make the copy
+        loading = threading.Thread(target=load, daemon=True)
+        loading.start()
+        wait_for("the slot to find no copy", lambda: locks_open(copies / ".ft-1.lock") == 2)
+        storage.download("weights/ft-1", copies / "ft-1")
+        loading.join(30)
+        assert seen == [b"ft-1" * 1000], "it is served elsewhere, and the lock is held"
+
+
+def locks_open(file: Path) -> int:
+    """How often this process has a file open."""
+    return sum(os.path.realpath(link) == str(file.resolve()) for link in Path("/proc/self/fd").iterdir())
 
 
 def test_copies_that_nobody_uses_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
