@@ -158,7 +158,9 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
 
         def attempt() -> StepOutcome:
             with self._step(prefix):
-                return compute()
+                outcome = compute()
+            self._latch.check()
+            return outcome
 
         name = f"Step {prefix or 'baseline'!r}"
         with self._steps.claim(prefix) as claim:

@@ -116,12 +116,10 @@ class FailureLatch:
             self.attempt += 1
 
     def retried(self, compute: Callable[[], Found], retries: int, what: str) -> Found:
-        """What `compute` gives, tried again if infrastructure was lost meanwhile; whatever else it raises is raised."""
+        """What `compute` gives, tried again where it fails because infrastructure was lost."""
         for left in range(retries, -1, -1):
             try:
-                found = compute()
-                self.check()
-                return found
+                return compute()
             except (Exception, InfrastructureFailure) as failure:
                 if left == 0 or side_of(failure) is not Side.INFRASTRUCTURE:
                     raise

@@ -186,11 +186,15 @@ def _evaluate_on_testset(setup: TrialSetup, best: Candidate) -> Tested:
         load_state(task.program, setup.store.read_program(best.program))
         testset = list(task.testset or ())
         limits, latch = Limits(config.num_threads, max_errors=len(testset) + 1), models.engine.latch
-        with dspy.context(**dspy_settings(config)):
-            scores = latch.retried(
-                lambda: evaluator.scores(task.program, testset, limits), config.trial.step_retries, "The test"
-            )
-    return scores.percent, scores.of_examples
+
+        def attempt() -> Tested:
+            with dspy.context(**dspy_settings(config)):
+                scores = evaluator.scores(task.program, testset, limits)
+            latch.check()
+            return scores.percent, scores.of_examples
+
+        tested: Tested = latch.retried(attempt, config.trial.step_retries, "The test")
+        return tested
 
 
 class _Reporter:
