@@ -111,7 +111,7 @@ def counted() -> bt_ray.Task:
     """Each run of an optimizer, and of the baseline's evaluation, is noted."""
 
     def counting(example: Any, prediction: Any, trace: Any = None) -> bool:
-        if example.question == "number 0" and dspy.settings.get("bt_ray_step") == "":
+        if example.question == "number 0" and str(dspy.settings.get("bt_ray_step")).startswith("baseline,"):
             note("baseline")
         return exact(example, prediction)
 
