@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,29 +92,15 @@ class Sweep:
 
 
 @pytest.fixture
-def started(tmp_path: Path) -> Iterator[Callable[[str], Sweep]]:
-    sweeps: list[Sweep] = []
-
-    def start(name: str) -> Sweep:
-        (tmp_path / name).mkdir()
-        sweeps.append(Sweep(tmp_path / name))
-        return sweeps[-1]
-
-    yield start
-    for sweep in sweeps:
-        for process in sweep.processes.all():
-            process.kill()
-        sweep.driver.wait(20)
+def sweep(tmp_path: Path) -> Iterator[Sweep]:
+    started = Sweep(tmp_path)
+    yield started
+    for process in started.processes.all():
+        process.kill()
+    started.driver.wait(20)
 
 
-def test_a_sweep_survives_the_death_of_each_of_its_servers_processes(started: Callable[[str], Sweep]) -> None:
-    undisturbed = started("undisturbed")
-    expected = undisturbed.result()
-    assert expected == {"": 0.0, "w": 100.0}
-    assert len(undisturbed.events(kind="server", state="serving, start")) == 1, "its one server starts once"
-    assert len(undisturbed.events(kind="server", state="serving, swap")) == 1
-
-    sweep = started("disturbed")
+def test_a_sweep_survives_the_death_of_each_of_its_servers_processes(sweep: Sweep) -> None:
     sweep.hold()
     sweep.kill("bt_ray.serving.vllm_main")
     sweep.release()
@@ -123,7 +109,7 @@ def test_a_sweep_survives_the_death_of_each_of_its_servers_processes(started: Ca
     sweep.kill("VLLM::EngineCore")
     sweep.kill("ray::ModelServer")
     sweep.release()
-    assert sweep.result() == expected
+    assert sweep.result() == {"": 0.0, "w": 100.0}, "as of an undisturbed sweep"
     assert len(sweep.events(kind="server", state="serving, start")) == 4
     wait_for("all processes to be gone", lambda: not sweep.processes.all(), 60)
     left = [file.name for file in Path("/dev/shm").iterdir() if file.stat().st_ctime > sweep.run_dir.stat().st_ctime]
