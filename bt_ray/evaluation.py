@@ -9,8 +9,8 @@ import dspy
 from dspy.utils.callback import BaseCallback
 
 from bt_ray.errors import TaskError
+from bt_ray.failure_latch import FailureLatch
 from bt_ray.failures import is_lost_answer
-from bt_ray.hosting import FailureLatch
 from bt_ray.results import one_line
 
 

@@ -19,8 +19,9 @@ from dspy.lm15 import ContextLengthError, InvalidRequestError, LM15Error, Reques
 
 from bt_ray.config import LMConfig
 from bt_ray.errors import InfrastructureError, ServerError, TaskError
+from bt_ray.failure_latch import FailureLatch
 from bt_ray.failures import is_lost_answer, is_refusal
-from bt_ray.hosting import FailureLatch, Models
+from bt_ray.hosting import Models
 from bt_ray.serving.server import Endpoint
 from bt_ray.weights import Weights
 

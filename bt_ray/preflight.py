@@ -16,8 +16,9 @@ from dspy.teleprompt.teleprompt import Teleprompter
 
 from bt_ray.config import EveryStrategy, ServerConfig, StrategySearch, SweepConfig
 from bt_ray.errors import BtRayError, ConfigError, InfrastructureFailure, ResourcesError, TaskError, amount
+from bt_ray.failure_latch import FailureLatch
 from bt_ray.fingerprint import StepKey, step_keys
-from bt_ray.hosting import FailureLatch, NoModels
+from bt_ray.hosting import NoModels
 from bt_ray.lm import ServedEngine, student_lm
 from bt_ray.run_directory import check_run_directory
 from bt_ray.served_models import ServedModels, serving, weights_of

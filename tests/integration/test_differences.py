@@ -22,7 +22,7 @@ import bt_ray
 from bt_ray.better_together import drop_traced_forward
 from bt_ray.config import make_config
 from bt_ray.errors import InfrastructureFailure, TaskError
-from bt_ray.hosting import FailureLatch
+from bt_ray.failure_latch import FailureLatch
 from bt_ray.lm import ServedEngine, ServedLM, assign_lm, served_lm
 
 

@@ -9,7 +9,7 @@ from support import tasks
 
 from bt_ray.errors import InfrastructureFailure
 from bt_ray.evaluation import LostAnswers, told
-from bt_ray.hosting import FailureLatch
+from bt_ray.failure_latch import FailureLatch
 
 
 class Asking(dspy.Module):  # type: ignore[misc]
