@@ -104,6 +104,7 @@ def check(
     console = Console()
     with _told_errors():
         config = _load(file, strategy, run_dir, assignments)
+        from bt_ray.cpu_cost import describe_here
         from bt_ray.driver import run_directory
         from bt_ray.preflight import check_sweep
 
@@ -122,6 +123,8 @@ def check(
             console.print("servers    none: all LMs are APIs'")
             console.print("All good.", style="green")
             return
+        for line in describe_here(config, first.task, checked.bases.values(), address):
+            console.print(line, style="yellow" if line.startswith("warning") else None, highlight=False, soft_wrap=True)
         for warning in _resource_warnings(config, address, checked.models_at_once):
             console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
         for slots, needed in checked.models_at_once.items():

@@ -35,7 +35,8 @@ class LMConfig(Section):
 class ServerConfig(BaseModel):
     """`[server]`: the slots that model servers run in, and vLLM's own options.
 
-    Every key that is not listed here is an option of `vllm serve`, with underscores: `max_model_len = 4096`.
+    Every key that is not listed here is an option of `vllm serve`, with underscores: `max_model_len = 4096`. Without
+    `dtype`, servers on CPU compute in what the node's processor is fast in: bfloat16 or float32.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -192,6 +193,8 @@ class TrainConfig(Section):
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     warmup_ratio: float = Field(0.0, ge=0, lt=1)
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = "linear"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What products of matrices are computed in. `auto`: bfloat16, but float32 on a CPU that is slow in bfloat16."""
     gradient_checkpointing: bool = False
     checkpoint_every_s: float = Field(300, ge=0)
     """Seconds between two checkpoints, of which the last is where a training goes on that was cut off."""
@@ -207,7 +210,10 @@ class TrainConfig(Section):
 
     def of_the_result(self) -> dict[str, Any]:
         """The settings that the result depends on, as JSON."""
-        return self.model_dump(mode="json", exclude={"timeout_s", "checkpoint_every_s"})
+        values = self.model_dump(mode="json", exclude={"timeout_s", "checkpoint_every_s"})
+        if self.dtype == "auto":  # which of the two a node takes changes the last bits, and no result is lost for them
+            del values["dtype"]
+        return values
 
 
 class TrialConfig(Section):

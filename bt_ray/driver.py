@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bt_ray.best import keep_best
 from bt_ray.cluster import Listener, cause_of, connected, opened_pool, step_claims, watched
 from bt_ray.config import StrategySearch, SweepConfig, make_config
+from bt_ray.cpu_cost import describe_here
 from bt_ray.errors import ConfigError, InfrastructureError, TaskError
 from bt_ray.events import Event, Stage, StepFinished, TrialEnded, TrialWaits
 from bt_ray.fingerprint import digest
@@ -86,6 +87,8 @@ def run_sweep(
     if build is not None:
         _check_travels(build)
     checked = check_sweep(config, run_dir, accept_changes=accept_changes, build=build)
+    for line in describe_here(config, checked.first.task, checked.bases.values(), address):
+        tell(Stage(line))
     storage = open_storage(run_dir)
     with held(storage, lambda text: tell(Stage(text))) as drivers:
         prepare_run_directory(storage, config, checked.keys)

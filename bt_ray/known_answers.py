@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bt_ray.errors import ServerError, StorageError
-from bt_ray.serving.canary import FIXED_SEQUENCES, Canary, changed, difference
+from bt_ray.serving.canary import FIXED_SEQUENCES, TOLERANCE, Canary, changed, difference
 from bt_ray.serving.server import ServerProcess
 from bt_ray.storage import Storage
 from bt_ray.weights import MANIFEST, Weights
@@ -30,12 +30,19 @@ class Expected:
         sequences: What is asked.
         by_platform: The log-probabilities that engines gave which had loaded them right.
         trainer: What their trainer says; None for weights that nobody trained here.
+        tolerance: What an engine here may be off from that.
     """
 
     weights_id: str
     sequences: Sequence[Sequence[int]]
     by_platform: dict[str, list[list[float]]]
     trainer: Canary | None
+    tolerance: float = TOLERANCE
+
+    @property
+    def trainer_tells(self) -> bool:
+        """Whether what the trainer says tells these weights from those that they were trained from."""
+        return self.trainer is not None and self.trainer.tells_from_parent(self.tolerance)
 
 
 class KnownAnswers:
@@ -51,12 +58,13 @@ class KnownAnswers:
         self._keeps = keeps
         self._seen: dict[str, dict[str, list[list[float]]]] = {}
 
-    def expected(self, weights: Weights) -> Expected:
-        """How loadable weights should answer."""
+    def expected(self, weights: Weights, dtype: str | None) -> Expected:
+        """How loadable weights should answer, in an engine that computes in `dtype`; None: it chooses by itself."""
         kept = {**(self._storage.read_json(f"{ANSWERS}/{weights.id}.json") or {}), **self._seen.get(weights.id, {})}
         trainer = self._trainer(weights)
         sequences = trainer.sequences if trainer is not None else FIXED_SEQUENCES
-        return Expected(weights.id, sequences, kept, trainer)
+        tolerance = trainer.tolerance(dtype) if trainer is not None else TOLERANCE
+        return Expected(weights.id, sequences, kept, trainer, tolerance)
 
     def check_fresh(self, server: ServerProcess, expected: Expected) -> None:
         """Check a server that has just started from files that are whole; what it answers is kept.
@@ -76,9 +84,9 @@ class KnownAnswers:
         """
         answered, platform = server.logprobs(expected.weights_id, expected.sequences)
         if not self._compare(expected, answered, platform):
-            if expected.trainer is None or not expected.trainer.discriminating:
+            if expected.trainer is None or not expected.trainer_tells:
                 raise Unverified("nothing tells yet how these weights answer here")
-            if (wrong := difference(expected.trainer, answered)) is not None:
+            if (wrong := difference(expected.trainer, answered, expected.tolerance)) is not None:
                 raise Unverified(f"it does not answer as the weights {expected.weights_id} were trained to: {wrong}")
         self._keep(expected, answered, platform)
 
@@ -110,7 +118,7 @@ class KnownAnswers:
 
 def expects_swap(expected: Expected) -> bool:
     """Whether a swap to these weights could be verified, as far as is known before it."""
-    return bool(expected.by_platform) or (expected.trainer is not None and expected.trainer.discriminating)
+    return bool(expected.by_platform) or expected.trainer_tells
 
 
 def _manifest(weights: Weights) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from bt_ray.known_answers import KnownAnswers, Unverified, expects_swap
 from bt_ray.node_disk import Scratch
 from bt_ray.node_weights import NodeWeights
 from bt_ray.serving.checkpoint import Layout, checkpoint_folder, layout_difference, read_layout
-from bt_ray.serving.server import Endpoint, ServerProcess
+from bt_ray.serving.server import Endpoint, ServerProcess, server_dtype
 from bt_ray.serving.watch import Watch
 from bt_ray.storage import Storage
-from bt_ray.training.job import TrainJob, finish_training, read_progress, start_training, training_key
+from bt_ray.training.job import TrainJob, finish_training, read_progress, start_training, training_dtype, training_key
 from bt_ray.trainings import Attempt, Trainings
 from bt_ray.weights import Weights, new_weights_id
 
@@ -202,7 +203,7 @@ class Slot:
             self._loaded.push(opened.pop_all())
 
     def _replace_checkpoint(self, server: ServerProcess, weights: Weights) -> None:
-        expected = self._answers.expected(weights)
+        expected = self._answers.expected(weights, self._dtype)
         if not expects_swap(expected):
             raise Unverified("nothing tells yet how these weights answer")
         folder = checkpoint_folder(weights)
@@ -224,7 +225,7 @@ class Slot:
             server.drop_adapter(old)
         for weights in adapters:
             server.load_adapter(weights)
-            expected = self._answers.expected(weights)
+            expected = self._answers.expected(weights, self._dtype)
             # What nothing tells of yet would be loaded by a server that was started for it in the same way.
             check = self._answers.check_swapped if expects_swap(expected) else self._answers.check_fresh
             check(server, expected)
@@ -240,7 +241,7 @@ class Slot:
         self._enter("starting", wanted[0].id)
         try:
             loadable = self._loadable_and_whole(checkpoint)
-            expected = self._answers.expected(loadable)
+            expected = self._answers.expected(loadable, self._dtype)
             folder = checkpoint_folder(loadable)
             self._layout = read_layout(folder) if folder is not None and any(folder.glob("*.safetensors")) else None
             log_file, temporary = self._logs.file(self._log_name(checkpoint)), self._scratch.folder / "tmp"
@@ -250,6 +251,7 @@ class Slot:
                 self._server = ServerProcess(
                     loadable,
                     self._config,
+                    dtype=self._dtype,
                     token=self._token,
                     host=self._host,
                     log_file=log_file,
@@ -263,11 +265,16 @@ class Slot:
                 if weights.on is not None:
                     adapter = self._loadable_and_whole(weights)
                     self._server.load_adapter(adapter)
-                    self._answers.check_fresh(self._server, self._answers.expected(adapter))
+                    self._answers.check_fresh(self._server, self._answers.expected(adapter, self._dtype))
             self._server.open()
         except BaseException:
             self._stop_server()
             raise
+
+    @cached_property
+    def _dtype(self) -> str | None:
+        """What the slot's servers compute in; None: vLLM chooses."""
+        return server_dtype(self._config)
 
     def _loadable_and_whole(self, weights: Weights) -> Weights:
         loadable = self._loaded.enter_context(self._weights.loadable(weights))
@@ -346,6 +353,7 @@ class Slot:
             checkpoint=None if attempt.checkpoint is None else str(attempt.checkpoint),
             conversations=conversations,
             config=config,
+            dtype=training_dtype(self._config, config),
             seed=seed,
             gpus=int(self._config.gpus),
             threads=self._config.compute_threads,

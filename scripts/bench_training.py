@@ -28,8 +28,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
-from bt_ray.config import TrainConfig
-from bt_ray.training.job import TrainJob
+from bt_ray.config import ServerConfig, TrainConfig
+from bt_ray.training.job import TrainJob, training_dtype
 from bt_ray.training.main import trainable_conversations
 from bt_ray.training.trainer import CpuTrainer, Trainer, make_trainer
 from bt_ray.weights import Weights
@@ -77,6 +77,7 @@ def main() -> None:
         "--data", nargs="+", help="alike, different, or a file of conversations", default=["alike", "different"]
     )
     parser.add_argument("--method", choices=["lora", "full"], default="lora")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[4])
     parser.add_argument("--steps", type=int, default=12, help=f"of which the first {WARM_UP} do not count")
     parser.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS))
@@ -85,7 +86,7 @@ def main() -> None:
     print(f"{where}; PyTorch {torch.__version__}; {options.method}; medians of {options.steps - WARM_UP} steps")
     print("shape  data         batch  way              s / step  tokens / s  padding  peak GiB  first loss", flush=True)
     for shape, data, batch_size, way in product(options.shape, options.data, options.batch_size, options.way):
-        config = TrainConfig(method=options.method, batch_size=batch_size)
+        config = TrainConfig(method=options.method, batch_size=batch_size, dtype=options.dtype)
         try:
             found = measured(options.model, shape, conversations(data), config, way, options.gpus, options.steps)
         except torch.OutOfMemoryError:
@@ -173,7 +174,9 @@ def measured(
     """A row of the table: what some steps of a training took."""
     with tempfile.TemporaryDirectory() as folder:
         parent = Weights("base", str(path.resolve()), "base")
-        job = TrainJob(parent, "bench", folder, folder, False, None, len(data), config, SEED, gpus, torch.get_num_threads())
+        dtype = training_dtype(ServerConfig(gpus=gpus), config)
+        threads = torch.get_num_threads()
+        job = TrainJob(parent, "bench", folder, folder, False, None, len(data), config, dtype, SEED, gpus, threads)
         job.data_file.write_text("".join(json.dumps(conversation) + "\n" for conversation in data))
         tokenizer = AutoTokenizer.from_pretrained(path)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -206,7 +209,8 @@ def measured(
 
 def model_of(path: Path, shape: str, config: TrainConfig, gpus: int) -> Any:
     """The model as `bt_ray.training.main` has it; with random weights where they are not there, or have another shape."""
-    dtype = torch.bfloat16 if gpus and config.method == "lora" else torch.float32
+    frozen_in_bfloat16 = gpus and config.method == "lora" and config.dtype != "float32"
+    dtype = torch.bfloat16 if frozen_in_bfloat16 else torch.float32
     sizes = dict(SHAPES[shape])
     if not sizes and list(path.glob("*.safetensors")):
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)

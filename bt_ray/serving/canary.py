@@ -11,6 +11,10 @@ from typing import Any, Self
 
 TOLERANCE = 0.25
 """Between a trainer's log-probabilities and an engine's of the same weights. Measured in bfloat16: 0.18 at most."""
+TOLERANCE_FLOAT32 = 0.01
+"""The same where both compute in float32. MEASURE"""
+FLOAT32 = ("float32", "float")
+"""What vLLM calls it."""
 CONFIDENT = -0.7
 """Only tokens at least this likely are compared: those below move more with the last bits of the arithmetic."""
 NOISE = {"cpu": 0.0, "gpu": 0.02}
@@ -28,13 +32,23 @@ class Canary:
         sequences: Token ids.
         positions: For each sequence, the tokens to compare: 1 is the second token.
         logprobs: For each sequence, what they should be, in the order of `positions`.
-        discriminating: Whether the weights that were fine-tuned fail it, so that it tells the one from the other.
+        margin: How far off the weights that were fine-tuned are at one of these tokens, at most.
+        dtype: What the trainer computed them in.
     """
 
     sequences: tuple[tuple[int, ...], ...]
     positions: tuple[tuple[int, ...], ...]
     logprobs: tuple[tuple[float, ...], ...]
-    discriminating: bool
+    margin: float
+    dtype: str = "bfloat16"
+
+    def tolerance(self, dtype: str | None) -> float:
+        """What an engine that computes in `dtype` may be off by; None: it chooses by itself."""
+        return TOLERANCE_FLOAT32 if self.dtype in FLOAT32 and dtype in FLOAT32 else TOLERANCE
+
+    def tells_from_parent(self, tolerance: float) -> bool:
+        """Whether the weights that were fine-tuned fail it by far."""
+        return self.margin > 2 * tolerance
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -44,7 +58,9 @@ class Canary:
         sequences, positions, logprobs = (
             tuple(tuple(row) for row in values[name]) for name in ("sequences", "positions", "logprobs")
         )
-        return cls(sequences, positions, logprobs, bool(values["discriminating"]))
+        if "margin" not in values:  # written before trainers told it: whether it is above twice the tolerance
+            return cls(sequences, positions, logprobs, 4 * TOLERANCE if values["discriminating"] else 0.0)
+        return cls(sequences, positions, logprobs, float(values["margin"]), str(values["dtype"]))
 
 
 def make_canary(
@@ -52,6 +68,7 @@ def make_canary(
     completions: Sequence[int],
     logprobs: Sequence[Sequence[float]],
     parents: Sequence[Sequence[float]],
+    dtype: str,
 ) -> Canary:
     """What a trainer says.
 
@@ -60,18 +77,21 @@ def make_canary(
         completions: For each sequence, where what was learnt begins.
         logprobs: Of each token but the first, by the new weights.
         parents: The same, by the weights that they were trained from.
+        dtype: What both were computed in.
     """
     positions = tuple(
         tuple(position for position in range(start, len(tokens)) if row[position - 1] >= CONFIDENT)
         for tokens, start, row in zip(sequences, completions, logprobs, strict=True)
     )
     said = tuple(tuple(row[p - 1] for p in picked) for row, picked in zip(logprobs, positions, strict=True))
-    canary = Canary(tuple(map(tuple, sequences)), positions, said, discriminating=False)
-    fails = difference(canary, parents, 2 * TOLERANCE) is not None
-    return Canary(canary.sequences, canary.positions, canary.logprobs, discriminating=fails)
+    before = tuple(tuple(row[p - 1] for p in picked) for row, picked in zip(parents, positions, strict=True))
+    differences = [
+        abs(new - old) for news, olds in zip(said, before, strict=True) for new, old in zip(news, olds, strict=True)
+    ]
+    return Canary(tuple(map(tuple, sequences)), positions, said, max(differences, default=0.0), dtype)
 
 
-def difference(canary: Canary, answered: Sequence[Sequence[float]], tolerance: float = TOLERANCE) -> str | None:
+def difference(canary: Canary, answered: Sequence[Sequence[float]], tolerance: float) -> str | None:
     """Where an engine's answers differ from what a trainer said, None if they do not.
 
     Args:

@@ -3,10 +3,10 @@
 import asyncio
 import itertools
 import os
-import platform as machine
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
+
+from bt_ray.arithmetic import ISA_VARIABLES, processor
 
 
 class Engine(Protocol):
@@ -97,7 +97,7 @@ class VllmEngine:
 
         config = self._client.vllm_config
         on_gpu = torch.cuda.is_available() and config.device_config.device_type == "cuda"
-        device = torch.cuda.get_device_name() if on_gpu else f"{_processor()}, {os.environ.get('OMP_NUM_THREADS')} threads"
+        device = torch.cuda.get_device_name() if on_gpu else _cpu()
         ranks = config.parallel_config.tensor_parallel_size
         kind, adapters = "gpu" if on_gpu else "cpu", ", adapters" if config.lora_config is not None else ""
         return f"{kind}: vllm {vllm.__version__}, {device}, {config.model_config.dtype}, {ranks} ranks{adapters}"
@@ -134,9 +134,6 @@ def _tokens_computed() -> float:
     return sum(float(sample.value) for metric in metrics for sample in metric.samples if sample.name.endswith("_total"))
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), machine.machine())
+def _cpu() -> str:
+    masked = [value for name in ISA_VARIABLES if (value := os.environ.get(name))]
+    return ", ".join([processor(), *masked, f"{os.environ.get('OMP_NUM_THREADS')} threads"])

@@ -1,6 +1,7 @@
 """The owner's side of one vLLM process: its command line and environment, its start, its control routes, and its end."""
 
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any, Self
 
 import httpx
 
+from bt_ray.arithmetic import cpu_arithmetic
 from bt_ray.child import ChildProcess, child_environment, open_port
 from bt_ray.config import ServerConfig
 from bt_ray.errors import ServerError
@@ -25,6 +27,7 @@ LONGEST_SOCKET_FOLDER = 60
 """Characters of a folder in which vLLM may make sockets, whose whole path must have fewer than 108."""
 GPU_MEMORY_UTILIZATION = 0.92
 """vLLM's own default, of which servers that share a GPU get their share each."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class ServerProcess:
     Args:
         weights: What it starts with.
         config: `[server]`.
+        dtype: What the model is computed in; None: vLLM chooses.
         token: What every request must bear.
         host: The address to listen on.
         log_file: Where vLLM's output is appended.
@@ -63,6 +67,7 @@ class ServerProcess:
         weights: Weights,
         config: ServerConfig,
         *,
+        dtype: str | None,
         token: str,
         host: str,
         log_file: Path,
@@ -79,7 +84,7 @@ class ServerProcess:
         listening, port = open_port(host, port)
         with listening:
             self._process = ChildProcess(
-                server_command(weights, config, listening.fileno()),
+                server_command(weights, config, dtype, listening.fileno()),
                 env=server_environment(config, token, temporary),
                 log_file=log_file,
                 passed_socket=listening,
@@ -219,7 +224,23 @@ class ServerProcess:
         self._process.stop()
 
 
-def server_command(weights: Weights, config: ServerConfig, listen_fd: int) -> list[str]:
+def server_dtype(config: ServerConfig) -> str | None:
+    """What a server on this node computes in: as written, else on CPU what the processor is fast in. None: vLLM chooses.
+
+    Raises:
+        ServerError: The processor's arithmetic could not be measured.
+    """
+    written = config.engine_options.get("dtype", "auto")
+    if written != "auto":
+        return str(written)
+    if config.gpus or config.command:
+        return None
+    arithmetic = cpu_arithmetic(config.env)
+    logger.info("On CPU, a server here computes in %s", arithmetic)
+    return arithmetic.dtype
+
+
+def server_command(weights: Weights, config: ServerConfig, dtype: str | None, listen_fd: int) -> list[str]:
     """The command line: no secret is in it."""
     import sys
 
@@ -240,7 +261,10 @@ def server_command(weights: Weights, config: ServerConfig, listen_fd: int) -> li
         options["gpu_memory_utilization"] = round(GPU_MEMORY_UTILIZATION * config.gpus, 3)
     if config.gpus == 0:
         options["enforce_eager"] = True  # torch.compile costs a minute of start for a tenth more throughput on CPU
-    return [*program, str(listen_fd), *_as_arguments({**options, **config.engine_options})]
+    options |= config.engine_options
+    if dtype is not None:
+        options["dtype"] = dtype
+    return [*program, str(listen_fd), *_as_arguments(options)]
 
 
 def _as_arguments(options: Mapping[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from bt_ray.arithmetic import Dtype, cpu_arithmetic
 from bt_ray.child import ChildProcess
 from bt_ray.config import ServerConfig, TrainConfig
 from bt_ray.errors import ConfigError, TaskError, TrainingError
@@ -34,6 +35,7 @@ class TrainJob:
         checkpoint: The checkpoint to go on from, None for the beginning.
         conversations: Their number.
         config: `[train]`.
+        dtype: What the products of matrices are computed in.
         seed: For the order of the data and the initial adapter.
         gpus: Whole GPUs to train on; 0 for CPU.
         threads: Compute threads on CPU.
@@ -47,6 +49,7 @@ class TrainJob:
     checkpoint: str | None
     conversations: int
     config: TrainConfig
+    dtype: Dtype
     seed: int
     gpus: int
     threads: int
@@ -108,6 +111,17 @@ def check_trainable(config: ServerConfig, train: TrainConfig) -> None:
             f"train.lora_rank = {train.lora_rank} is more than server.max_lora_rank = {config.max_lora_rank}, which is what "
             "the servers load: raise the one or lower the other."
         )
+
+
+def training_dtype(server: ServerConfig, train: TrainConfig) -> Dtype:
+    """What a training in a slot on this node computes in: as written, else bfloat16, unless a CPU is slow in it.
+
+    Raises:
+        ServerError: The processor's arithmetic could not be measured.
+    """
+    if train.dtype != "auto":
+        return train.dtype
+    return "bfloat16" if server.gpus or train.command else cpu_arithmetic(server.env).dtype
 
 
 def training_key(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from bt_ray.serving.canary import make_canary
 from bt_ray.training.job import TrainJob
@@ -24,6 +24,7 @@ from bt_ray.weights import MANIFEST, file_digests
 
 CANARIES, CANARY_PROMPT, CANARY_COMPLETION = 4, 24, 24
 """Sequences of the canary, and tokens of prompt and of completion in each, at most: it runs at each change of weights."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main() -> None:
@@ -36,10 +37,13 @@ def main() -> None:
         tokenizer.pad_token = tokenizer.eos_token
     # On CPU, float32 weights under bf16 autocast train 1.6 times as fast as bf16 weights (SmolLM2-135M, 2 cores).
     # Full fine-tuning in bf16 would lose its small updates, so bf16 is for the frozen weights under an adapter on a GPU.
-    dtype = torch.bfloat16 if job.gpus and job.config.method == "lora" else torch.float32
+    frozen_in_bfloat16 = job.gpus and job.config.method == "lora" and job.dtype == "bfloat16"
+    dtype = torch.bfloat16 if frozen_in_bfloat16 else torch.float32
     conversations = trainable_conversations(job, tokenizer)
     if not conversations:
         sys.exit(1)
+    model_config = AutoConfig.from_pretrained(checkpoint.path, revision=revision)
+    kept_in = model_config.dtype or torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, revision=revision, dtype=dtype)
     if job.parent.on is not None:
         model = _with_adapter(model, job)
@@ -48,9 +52,9 @@ def main() -> None:
     parents = token_logprobs(trainer.model, sequences)
     trainer.train(resume_from_checkpoint=job.checkpoint)
     if trainer.accelerator.is_main_process:
-        model = _save_model(trainer.accelerator.unwrap_model(trainer.model), job)
+        model = _save_model(trainer.accelerator.unwrap_model(trainer.model), job, kept_in)
         tokenizer.save_pretrained(job.output_dir)
-        canary = make_canary(sequences, completions, token_logprobs(model, sequences), parents)
+        canary = make_canary(sequences, completions, token_logprobs(model, sequences), parents, job.dtype)
         counts = {"conversations": len(conversations), "cut_off": cut_off(conversations, tokenizer, job.config.max_length)}
         _write_manifest(job, {**counts, "canary": canary.to_json()})
 
@@ -138,18 +142,22 @@ def _with_adapter(model: torch.nn.Module, job: TrainJob) -> PeftModel:
     return adapted
 
 
-def _save_model(model: Any, job: TrainJob) -> torch.nn.Module:
-    """Save the trained model: the adapter as it was trained, or one checkpoint in bfloat16. Returns it as it is served."""
+def _save_model(model: Any, job: TrainJob, kept_in: torch.dtype) -> torch.nn.Module:
+    """Save the trained model, and return it as it is served.
+
+    An adapter is saved as it was trained, a checkpoint in the data type of the one that it came from: then a server can load
+    it in place of that.
+    """
     if job.adapter:
         model.save_pretrained(job.output_dir)
         Path(job.output_dir, "README.md").unlink(missing_ok=True)  # PEFT's empty form
-        served: torch.nn.Module = model.to(torch.bfloat16)
-        return served
-    if job.config.method == "lora":
-        model = model.merge_and_unload()
-    merged: torch.nn.Module = model.to(torch.bfloat16)
-    merged.save_pretrained(job.output_dir)
-    return merged
+    else:
+        if job.config.method == "lora":
+            model = model.merge_and_unload()
+        model = model.to(kept_in)
+        model.save_pretrained(job.output_dir)
+    served: torch.nn.Module = model.to(DTYPES[job.dtype])
+    return served
 
 
 def _write_manifest(job: TrainJob, told: dict[str, Any]) -> None:

@@ -227,7 +227,7 @@ def _arguments(job: TrainJob) -> SFTConfig:
         max_length=config.max_length,
         completion_only_loss=True,
         gradient_checkpointing=config.gradient_checkpointing,
-        bf16=True,
+        bf16=job.dtype == "bfloat16",
         use_cpu=job.gpus == 0,
         seed=job.seed,
         logging_steps=1,

@@ -59,7 +59,7 @@ def without_trainers_record(host: Host, weights: Weights) -> None:
 def with_a_blunt_record(host: Host, weights: Weights) -> None:
     file = host.file(weights, MANIFEST)
     manifest = json.loads(file.read_text())
-    file.write_text(json.dumps({**manifest, "canary": {**manifest["canary"], "discriminating": False}}))
+    file.write_text(json.dumps({**manifest, "canary": {**manifest["canary"], "margin": 0.1}}))
 
 
 def with_a_failing_load(host: Host, weights: Weights) -> None:

@@ -41,7 +41,7 @@ def main() -> None:
     write_model(output, skill)
     tokens = [list(range(20)), list(range(30, 50))]
     said, before = ([logprobs_of(which, row) for row in tokens] for which in (skill, parent))
-    canary = make_canary(tokens, [10, 10], said, before).to_json()
+    canary = make_canary(tokens, [10, 10], said, before, job.dtype).to_json()
     on = (job.parent.on or job.parent).to_json() if job.adapter else None
     manifest = {"id": job.weights_id, "parent": job.parent.id, "on": on, "files": file_digests(output), "canary": canary}
     if (corrupt := Path(os.environ.get("SCRIPTED_FAULTS", "."), "corrupt")).exists():
