@@ -193,6 +193,8 @@ class TrainConfig(Section):
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     warmup_ratio: float = Field(0.0, ge=0, lt=1)
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = "linear"
+    layers: int | None = Field(None, ge=1)
+    """How many layers are trained, the last ones: those below stay as they are, and cost no backward pass. Default: all."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What products of matrices are computed in. `auto`: bfloat16, but float32 on a CPU that is slow in bfloat16."""
     gradient_checkpointing: bool = False
@@ -213,6 +215,8 @@ class TrainConfig(Section):
         values = self.model_dump(mode="json", exclude={"timeout_s", "checkpoint_every_s"})
         if self.dtype == "auto":  # which of the two a node takes changes the last bits, and no result is lost for them
             del values["dtype"]
+        if self.layers is None:  # a setting that came later: earlier results are those of its default
+            del values["layers"]
         return values
 
 

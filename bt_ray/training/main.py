@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from bt_ray.serving.canary import make_canary
 from bt_ray.training.job import TrainJob
+from bt_ray.training.layers import freeze_below, last_layers
 from bt_ray.training.trainer import CpuTrainer, Trainer, make_trainer, write_whole
 from bt_ray.weights import MANIFEST, file_digests
 
@@ -47,6 +48,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, revision=revision, dtype=dtype)
     if job.parent.on is not None:
         model = _with_adapter(model, job)
+    elif job.config.layers is not None and job.config.method == "full":
+        freeze_below(last_layers(model, job.config.layers), model)
     trainer = make_trainer(Trainer if job.gpus else CpuTrainer, job, model, tokenizer, conversations)
     sequences, completions = canary_sequences(conversations, tokenizer)
     parents = token_logprobs(trainer.model, sequences)

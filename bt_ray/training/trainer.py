@@ -9,13 +9,22 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
+from bt_ray.config import TrainConfig
 from bt_ray.training.batches import BatchesByLength, worth_sorting
 from bt_ray.training.cores import IdleCores
 from bt_ray.training.job import CHECKPOINT_MANIFEST, CHECKPOINTS, TrainJob
+from bt_ray.training.layers import last_layers, linear_modules
 
 IGNORED = -100
 """The label of a token that has no part in the loss."""
@@ -195,7 +204,7 @@ class _Checkpoints(TrainerCallback):  # type: ignore[misc]
 def make_trainer(
     kind: type[Trainer],
     job: TrainJob,
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     conversations: list[dict[str, Any]],
 ) -> Trainer:
@@ -205,7 +214,7 @@ def make_trainer(
         args=_arguments(job),
         train_dataset=Dataset.from_list(conversations),
         processing_class=tokenizer,
-        peft_config=_lora(job) if job.config.method == "lora" and job.parent.on is None else None,
+        peft_config=make_lora_config(job.config, model) if job.config.method == "lora" and job.parent.on is None else None,
         callbacks=[
             _Progress(job.progress_file),
             _Checkpoints(job.config.checkpoint_every_s),
@@ -239,13 +248,14 @@ def _arguments(job: TrainJob) -> SFTConfig:
     )
 
 
-def _lora(job: TrainJob) -> LoraConfig:
-    rank = job.config.lora_rank
+def make_lora_config(config: TrainConfig, model: PreTrainedModel) -> LoraConfig:
+    """What an adapter adds to a model: to all its layers, or to the last ones."""
+    targets = "all-linear" if config.layers is None else linear_modules(last_layers(model, config.layers), model)
     return LoraConfig(
-        r=rank,
-        lora_alpha=job.config.lora_alpha or 2 * rank,
-        lora_dropout=job.config.lora_dropout,
-        target_modules="all-linear",
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
         task_type="CAUSAL_LM",
     )
 

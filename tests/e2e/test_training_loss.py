@@ -1,4 +1,4 @@
-"""The loss that is fast on CPU is the loss of the completion's tokens, with the same gradients."""
+"""What the trainer computes: a loss that is fast on CPU and equal to the plain one, for the layers that are trained."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -66,3 +66,28 @@ def test_loss_and_gradients_are_those_of_the_plain_forward(model: Any, name: str
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for key, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[key], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("count", "first"), [(1, 2), (2, 1), (9, 0)])
+def test_the_last_layers_alone_are_trained_by_either_method(count: int, first: int) -> None:
+    from copy import deepcopy
+
+    from peft import get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from bt_ray.config import TrainConfig
+    from bt_ray.training.layers import freeze_below, last_layers
+    from bt_ray.training.trainer import make_lora_config
+
+    config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
+    model = LlamaForCausalLM(config)
+    adapted = get_peft_model(deepcopy(model), make_lora_config(TrainConfig(layers=count), model))
+    freeze_below(last_layers(model, count), model)
+
+    def trained(module: Any) -> set[int]:
+        names = [name for name, parameter in module.named_parameters() if parameter.requires_grad and ".layers." in name]
+        return {int(name.partition(".layers.")[2].partition(".")[0]) for name in names}
+
+    assert trained(model) == trained(adapted) == set(range(first, 3))
+    assert not model.get_input_embeddings().weight.requires_grad
+    assert model.model.norm.weight.requires_grad
