@@ -43,6 +43,8 @@ def build() -> bt_ray.Task:
     flowers = examples()
     trainset, valset, testset = flowers[:50], flowers[50:100], flowers[100:]
     program = dspy.Predict(ClassifyIris)
+    # The 135M model gets no training example right by itself, so the labels teach it.
+    teacher = bt_ray.gold_label_teacher(program, trainset)
     return bt_ray.Task(
         program=program,
         trainset=trainset,
@@ -54,11 +56,10 @@ def build() -> bt_ray.Task:
                 metric=exact_match,
                 max_bootstrapped_demos=1,
                 max_labeled_demos=2,
-                num_candidate_programs=1,
+                num_candidate_programs=0,  # no demos, labelled ones, and a bootstrapped one
                 max_errors=1000,
             ),
             "w": BootstrapFinetune(metric=exact_match),
         },
-        # The 135M model gets no training example right by itself, so the labels teach it.
-        optimizer_compile_args={"w": {"teacher": bt_ray.gold_label_teacher(program, trainset)}},
+        optimizer_compile_args={"p": {"teacher": teacher}, "w": {"teacher": teacher}},
     )

@@ -23,6 +23,7 @@ from support.processes import wait_for
 from bt_ray.config import LMConfig, ServerConfig, TrainConfig
 from bt_ray.errors import StorageError, TaskError, TrainingError
 from bt_ray.lm import ServedEngine, served_lm
+from bt_ray.serving.canary import TOLERANCE, TOLERANCE_FLOAT32
 from bt_ray.serving.server import Endpoint, ServerProcess
 from bt_ray.slot import Slot
 from bt_ray.storage import open_storage
@@ -109,6 +110,31 @@ def test_a_model_is_served_fine_tuned_and_served_again_with_another_answer(
     fresh = [answer_in_full(slot.serve(weights)) for weights in (trained, base)]
     assert slot.change.how == "swap"
     assert fresh == swapped[:2], "token by token, to the last bit"
+
+
+def test_in_float32_a_fine_tune_that_changes_little_is_swapped_in_verified(tiny_model: Path, tmp_path: Path) -> None:
+    config = ServerConfig.model_validate({"threads": 1, "max_model_len": 256, "max_num_seqs": 8, "dtype": "float32"})
+    slot = Slot("e2e", config, token=TOKEN, host="127.0.0.1", storage=open_storage(str(tmp_path)))
+    base = base_weights(str(tiny_model), {})
+    conversations = [{"messages": [*QUESTION, {"role": "assistant", "content": ANSWER}]}] * 8
+    learn = TrainConfig(method="full", epochs=20, learning_rate=3e-3, batch_size=8, dtype="float32")
+    nudge = TrainConfig(method="full", epochs=1, learning_rate=1e-4, batch_size=8, dtype="float32")
+    try:
+        before = text(ask(slot.serve(base), base.id))
+        learnt = slot.train(base, conversations, learn, seed=0)
+        assert text(ask(slot.serve(learnt), learnt.id)) == ANSWER != before
+        assert slot.change.how == "swap", slot.change
+        nudged = slot.train(learnt, [{"messages": [*QUESTION, {"role": "assistant", "content": before}]}] * 8, nudge, seed=0)
+        slot.serve(nudged)
+        assert slot.change.how == "swap", slot.change
+        kept = [json.loads((tmp_path / weights.path / "bt_ray_weights.json").read_text()) for weights in (learnt, nudged)]
+        assert all(record["canary"]["dtype"] == "float32" for record in kept)
+        assert 2 * TOLERANCE_FLOAT32 < kept[1]["canary"]["margin"] < 2 * TOLERANCE, "too little to be told in bfloat16"
+        assert {tensor.dtype for tensor in load_file(tmp_path / nudged.path / "model.safetensors").values()} == {
+            torch.bfloat16
+        }
+    finally:
+        slot.close()
 
 
 def answer_in_full(endpoint: Endpoint) -> Any:
