@@ -6,6 +6,7 @@
 
 # Most tests wait for processes. tests/conftest.py says which do not run side by side.
 SIDE_BY_SIDE = -n 2
+SLOWEST = --durations=15
 
 .PHONY: demo test test-long lint clean
 
@@ -15,12 +16,12 @@ demo:
 
 test:
 	@scripts/setup.sh
-	@.venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "not long"
+	@.venv/bin/python -m pytest $(SLOWEST) $(SIDE_BY_SIDE) -m "not long"
 
 test-long:
 	@scripts/setup.sh
-	@.venv/bin/python -m pytest $(SIDE_BY_SIDE) -m "long and not alone"
-	@.venv/bin/python -m pytest -m "long and alone"
+	@.venv/bin/python -m pytest $(SLOWEST) $(SIDE_BY_SIDE) -m "long and not alone"
+	@.venv/bin/python -m pytest $(SLOWEST) -m "long and alone"
 
 lint:
 	@scripts/setup.sh

@@ -5,7 +5,7 @@ from typing import Any
 import ray
 
 from bt_ray.config import ServerConfig
-from bt_ray.preflight import OF_TYPE, too_large
+from bt_ray.resources import OF_TYPE, too_large
 
 NEWS_S = 15.0
 """Seconds between two lines about what waits for room."""

@@ -20,6 +20,7 @@ from bt_ray.failure_latch import FailureLatch
 from bt_ray.fingerprint import StepKey, step_keys
 from bt_ray.hosting import NoModels
 from bt_ray.lm import ServedEngine, student_lm
+from bt_ray.resources import has_its_type, too_large
 from bt_ray.run_directory import check_run_directory
 from bt_ray.served_models import ServedModels, serving, weights_of
 from bt_ray.space import Variant, variants
@@ -27,9 +28,6 @@ from bt_ray.strategy import BASELINE, all_prefixes, check_distinct, every, parse
 from bt_ray.task import StepContext, Task, TaskFunction, check_optimizers, load_task, step_seed
 from bt_ray.training.job import check_trainable
 from bt_ray.weights import Weights, model_name
-
-OF_TYPE = "accelerator_type:"
-"""Begins the name of Ray's resource for nodes with GPUs of a type."""
 
 
 @dataclass(frozen=True)
@@ -249,25 +247,6 @@ def check_resources(config: SweepConfig, nodes: Sequence[Mapping[str, float]], s
     raise ResourcesError(f"{missing} (If the cluster adds nodes by itself: autoscaling = true.)")
 
 
-def too_large(server: ServerConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
-    """Why no node, even an idle one, has room for a server; None if one has."""
-    fitting = [node for node in nodes if _has_its_type(server, node)]
-    if not fitting and server.accelerator_type is not None:
-        types = sorted({name.removeprefix(OF_TYPE) for node in nodes for name in node if name.startswith(OF_TYPE)})
-        return f"No node has GPUs of the type {server.accelerator_type}; the cluster has {', '.join(types) or 'none'}."
-    for resource, needed in (("GPU", server.gpus), ("CPU", server.cpus)):
-        largest = max((node.get(resource, 0) for node in fitting), default=0)
-        if needed > largest:
-            return (
-                f"A server needs {amount(needed, resource)} on one node; the largest node has {amount(largest, resource)}."
-            )
-    return None
-
-
-def _has_its_type(server: ServerConfig, node: Mapping[str, float]) -> bool:
-    return server.accelerator_type is None or node.get(OF_TYPE + server.accelerator_type, 0) > 0
-
-
 def _missing(config: SweepConfig, nodes: Sequence[Mapping[str, float]], servers: Mapping[str, ServerConfig]) -> str | None:
     for server in servers.values():
         if (missing := too_large(server, nodes)) is not None:
@@ -301,7 +280,7 @@ def _place(server: ServerConfig, free: Sequence[dict[str, float]]) -> int:
     """Take room for a kind of servers from what is free, of each node that has it the smallest; returns for how many."""
     for placed in range(server.count):
         fits = [n for n in free if n["CPU"] >= server.cpus - 1e-9 and n["GPU"] >= server.gpus - 1e-9]
-        node = min((n for n in fits if _has_its_type(server, n)), key=lambda n: (n["GPU"], n["CPU"]), default=None)
+        node = min((n for n in fits if has_its_type(server, n)), key=lambda n: (n["GPU"], n["CPU"]), default=None)
         if node is None:
             return placed
         node["CPU"] -= server.cpus

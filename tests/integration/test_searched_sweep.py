@@ -19,7 +19,6 @@ from tasks import *
 
 def build():
     def optimizers(ctx):
-        note(ctx.prefix) if ctx.prefix else None
         return {"p": Demos(), "w": BootstrapFinetune(metric=exact), "bad": Failing()}
 
     return double(optimizers=optimizers)

@@ -21,7 +21,6 @@ from tasks import *
 
 def build(demos=2):
     def optimizers(ctx):
-        note(f"{ctx.prefix} with {demos} demos, seed {ctx.seed}") if ctx.prefix else None
         return {"p": Demos(demos), "w": BootstrapFinetune(metric=exact)}
 
     return double(optimizers=optimizers)

@@ -56,7 +56,7 @@ def object_store(folder: Path) -> Iterator[ObjectStore]:
     try:
         assert server.stdout is not None
         url = f"http://127.0.0.1:{int(server.stdout.readline())}"
-        httpx.put(f"{url}/{BUCKET}").raise_for_status()
+        httpx.put(f"{url}/{BUCKET}", timeout=60).raise_for_status()  # it imports most of moto for its first answer
         yield ObjectStore(url, faults_file)
     finally:
         server.kill()

@@ -22,6 +22,7 @@ LAYERS: dict[str, set[str]] = {
     "placement_state": {"weights"},
     "placement": {"placement_state", "weights"},
     "config": {"errors", "storage", "weights"},
+    "resources": {"config", "errors"},
     "sweep_toml": {"config", "errors"},
     "results": {"errors", "storage", "strategy"},
     "comparison": {"results"},
@@ -76,14 +77,14 @@ LAYERS: dict[str, set[str]] = {
     "export": {"best", "errors", "node_disk", "node_weights", "results", "run_directory", "weights"},
     "prune": {"best", "run_directory", "storage", "training", "trainings", "weights"},
     "preflight": {
-        "config", "errors", "failure_latch", "fingerprint", "hosting", "lm", "run_directory", "served_models", "space",
-        "strategy", "task", "training", "weights",
+        "config", "errors", "failure_latch", "fingerprint", "hosting", "lm", "resources", "run_directory", "served_models",
+        "space", "strategy", "task", "training", "weights",
     },
     "cpu_cost": {"arithmetic", "config", "errors", "serving", "task", "weights"},
-    "nodes": {"config", "preflight"},
+    "nodes": {"config", "resources"},
     "claims": {"results"},
     "actors": {
-        "claims", "config", "errors", "events", "hosting", "placement_state", "nodes", "placement", "preflight", "results",
+        "claims", "config", "errors", "events", "hosting", "placement_state", "nodes", "placement", "resources", "results",
         "serving", "slot", "storage", "training", "weights",
     },
     "trial_setup": {
