@@ -10,6 +10,7 @@ import itertools
 import logging
 import math
 import os
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,17 +25,19 @@ from bt_ray.serving.checkpoint import TIED, checkpoint_folder, read_layout
 from bt_ray.task import Task
 from bt_ray.weights import Weights, model_name
 
-SERVING, TRAINING = 0.4, 0.4
-"""The part of the measured product's speed that vLLM and the trainer reach. MEASURE"""
-FORWARD, LORA, FULL = 2, 4.6, 6
-"""Operations for each parameter and token; an adapter's own products come on top of 4."""
+REST_GFLOPS = 200.0
+"""GFLOP/s of the same work if products took no time: attention, copies and norms bound it. Measured: 150 to 300."""
+FORWARD, ACTIVATIONS, PARAMETERS = 2, 2, 2
+"""Operations for each parameter and token: forwards, and backwards for either kind of gradient."""
+ADAPTER = 0.6
+"""Those of an adapter, for each parameter of the model that it is on."""
 LOOKED_AT = 16
 """Examples whose prompts are counted."""
 SERVER_GIB, TRAINER_GIB = 2.5, 1.5
 """What a vLLM server (with 1 GiB for keys and values) and a training process hold beside the model."""
 SLOW_S = 2 * 3600
 """Seconds of a fine-tune from which on it is said to be slow."""
-EMBEDDING = "embed_tokens"
+EMBEDDING, LAYER = "embed_tokens", re.compile(r"\.layers\.(\d+)\.")
 GIB = 2**30
 logger = logging.getLogger(__name__)
 MEMORY = Path("/proc/meminfo")
@@ -47,10 +50,12 @@ class Model:
     Attributes:
         body: Those that each token goes through.
         head: Those that make a token's log-probabilities.
+        layers: The number of layers.
     """
 
     body: int
     head: int
+    layers: int
 
     @property
     def all(self) -> int:
@@ -120,7 +125,8 @@ def read_model(folder: Path) -> Model:
     sizes = {name: math.prod(shape) for name, (_, shape) in read_layout(folder).items()}
     embedding = sum(size for name, size in sizes.items() if EMBEDDING in name)
     head = sizes.get(TIED, embedding)
-    return Model(sum(sizes.values()) - embedding - sizes.get(TIED, 0), head)
+    layers = {match[1] for name in sizes if (match := LAYER.search(name))}
+    return Model(sum(sizes.values()) - embedding - sizes.get(TIED, 0), head, max(1, len(layers)))
 
 
 def estimate_cost(
@@ -137,22 +143,23 @@ def estimate_cost(
         answer: Tokens of an answer.
     """
     server, train = config.student_server, config.train
-    speed = arithmetic.gflops * 1e9 * server.compute_threads
+    speed = 1e9 * server.compute_threads / (1 / arithmetic.gflops + 1 / REST_GFLOPS)
     shared = count_shared(prompts)
     own = sum(len(prompt) for prompt in prompts) / len(prompts) - shared
     evaluated = len(task.validation_examples(config.valset_ratio)) * len(task.program.predictors())
     request = FORWARD * ((own + answer) * model.body + answer * model.head)
     learnt = len(task.trainset) * len(task.program.predictors()) * train.epochs
     tokens = learnt * (own + answer) + learnt / train.batch_size * shared
-    operations = LORA if train.method == "lora" else FULL
+    backward = ACTIVATIONS + (PARAMETERS if train.method == "full" else ADAPTER)
+    operations = FORWARD + backward * min(train.layers or model.layers, model.layers) / model.layers
     of_weights = {"lora": 1, "full": 4}[train.method]
     bytes_served = 4 if arithmetic.dtype == "float32" else 2
     servers = SERVER_GIB * server.count + model.all * bytes_served * server.count / GIB
     trainings = TRAINER_GIB * server.count + model.all * 4 * of_weights * server.count / GIB
     return CpuCost(
         arithmetic,
-        evaluated * request / (speed * SERVING),
-        (operations * tokens * model.body + FULL * learnt * answer * model.head) / (speed * TRAINING),
+        evaluated * request / speed,
+        (operations * tokens * model.body + (FORWARD + ACTIVATIONS) * learnt * answer * model.head) / speed,
         servers + trainings,
         free_gib(),
     )
