@@ -12,8 +12,8 @@ TORCH=2.13.0
 TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu   # where the CPU build is when the configured index has CUDA's
 # What pip itself computes is most of the set-up: this one takes a third of the time of Python 3.11's own to read an index.
 PIP=26.3
-# vLLM and xgrammar ask for them. Text on CPUs needs none of them, and their builds for CUDA do not fit a CPU PyTorch.
-LEFT_OUT=(torchvision torchaudio torchcodec triton)
+# vLLM asks for them, their builds for CUDA do not fit a CPU PyTorch, and text needs none of them.
+LEFT_OUT=(torchvision torchaudio torchcodec)
 NEEDED_GIB=8
 PYTHON=${PYTHON:-python3}
 
@@ -70,12 +70,9 @@ list_is_for_this_python() {
     .venv/bin/python -c "import platform, sys; sys.exit($here != '3.11 linux x86_64')"
 }
 
-# constraints.txt names everything, as a test checks, so pip need not look for what fits together.
+# constraints.txt names all but LEFT_OUT, as a test checks, so pip need not look for what fits together.
 install_list() {
-    local names
-    names=$(IFS='|' && printf '%s' "${LEFT_OUT[*]}")
-    grep --extended-regexp --invert-match "^($names)==" constraints.txt > .venv/list.txt
-    pip_install --no-deps --requirement .venv/list.txt
+    pip_install --no-deps --requirement constraints.txt
     pip_install --no-deps --no-build-isolation --editable .
 }
 
