@@ -23,6 +23,7 @@ os.environ |= {
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray listens on 127.0.0.1 only
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # Ray's 15 lets a worker wait for minutes while another test's vLLM computes
     "HF_HUB_OFFLINE": "1",
     MARK: uuid.uuid4().hex,  # every process that a test starts, however indirectly, carries it
 }
@@ -31,7 +32,8 @@ for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
 sys.path.insert(0, str(ROOT / "tests"))
 pytest.register_assert_rewrite("support.both_sides")
 
-from support.object_store import ObjectStore, object_store  # noqa: E402 - the environment comes first
+from support.forked_workers import forked_workers  # noqa: E402 - the environment comes first
+from support.object_store import ObjectStore, object_store  # noqa: E402
 from support.scripted_model import write_model  # noqa: E402
 from support.slot_host import Host  # noqa: E402
 from support.slot_models import SlotModels  # noqa: E402
@@ -132,16 +134,17 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 
 @pytest.fixture(scope="session")
-def local_ray(s3: ObjectStore) -> Iterator[None]:
+def local_ray(s3: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One Ray of the test session's own, with more logical cores than the machine has."""
     import ray
 
     from bt_ray.cluster import DRIVER_ENVIRONMENT
 
     os.environ |= DRIVER_ENVIRONMENT
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="error")
-    yield
-    ray.shutdown()
+    with forked_workers(tmp_path_factory.mktemp("ray")):
+        ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="error")
+        yield
+        ray.shutdown()
 
 
 TOGETHER = {"test_job.py", "test_optimizers.py", "test_report_page.py", "test_winner.py"}

@@ -69,7 +69,7 @@ class Sweep:
             assert self.driver.poll() is None, self.output.read_text()
             return False
 
-        wait_for("requests under way", under_way, 240)
+        wait_for("requests under way", under_way)
 
     def kill(self, name: str) -> None:
         """Kill the processes of this name while requests are under way, and wait for the end of what they leave."""
@@ -78,7 +78,7 @@ class Sweep:
         for process in self.processes.named(name):
             if "keeper.py" not in " ".join(process.cmdline()):
                 process.kill()
-        wait_for(f"the end of what {name} leaves", lambda: not any(p.is_running() for p in models), 60)
+        wait_for(f"the end of what {name} leaves", lambda: not any(p.is_running() for p in models))
 
     def result(self) -> dict[str, float]:
         assert self.driver.wait(400) == 0, self.output.read_text()
@@ -97,20 +97,20 @@ def sweep(tmp_path: Path) -> Iterator[Sweep]:
     yield started
     for process in started.processes.all():
         process.kill()
-    started.driver.wait(20)
+    started.driver.wait()
 
 
 def test_a_sweep_survives_the_death_of_each_of_its_servers_processes(sweep: Sweep) -> None:
     sweep.hold()
     sweep.kill("bt_ray.serving.vllm_main")
     sweep.release()
-    wait_for("the training", lambda: sweep.processes.named("bt_ray.training.main"), 240)
+    wait_for("the training", lambda: sweep.processes.named("bt_ray.training.main"))
     sweep.hold()
     sweep.kill("VLLM::EngineCore")
     sweep.kill("ray::ModelServer")
     sweep.release()
     assert sweep.result() == {"": 0.0, "w": 100.0}, "as of an undisturbed sweep"
     assert len(sweep.events(kind="server", state="serving, start")) == 4
-    wait_for("all processes to be gone", lambda: not sweep.processes.all(), 60)
+    wait_for("all processes to be gone", lambda: not sweep.processes.all())
     left = [file.name for file in Path("/dev/shm").iterdir() if file.stat().st_ctime > sweep.run_dir.stat().st_ctime]
     assert not [name for name in left if name.startswith(("psm_", "sem.loky"))]

@@ -110,8 +110,8 @@ def started(user: User, *command: str, **environment: str) -> Iterator[Path]:
         yield output
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(60)
-        wait_for("its processes to be gone", lambda: not user.processes.all(), 20)
+        process.wait()
+        wait_for("its processes to be gone", lambda: not user.processes.all())
 
 
 def free_port() -> int:
@@ -144,7 +144,7 @@ def likely_starts(address: str, model: str, token: str) -> list[dict[str, float]
 def test_the_winner_is_served_and_its_export_answers_the_same_without_bt_ray(user: User, run_dir: Path) -> None:
     serve = [user.bt_ray, "serve", "first/runs/first", "--port", str(free_port())]
     with started(user, *serve) as output:
-        wait_for("the address", lambda: "print(program" in output.read_text(), 180)
+        wait_for("the address", lambda: "print(program" in output.read_text())
         said = dict(re.findall(r"^(model|address|token) +(\S+)$", output.read_text(), re.MULTILINE))
         with pytest.raises(openai.AuthenticationError):
             likely_starts(said["address"], said["model"], "another")
@@ -161,7 +161,7 @@ def test_the_winner_is_served_and_its_export_answers_the_same_without_bt_ray(use
     options = ["--model", str(exported / "model"), "--served-model-name", "exported", "--port", str(port)]
     options += ["--host", "127.0.0.1", "--max-model-len", "4096", "--api-key", "key"]
     with started(user, str(user.python), "-c", blocked + run, *options, **ON_CPU):
-        wait_for("vLLM alone", lambda: is_up(port), 180)
+        wait_for("vLLM alone", lambda: is_up(port))
         exported_starts = likely_starts(f"http://127.0.0.1:{port}/v1", "exported", "key")
         assert exported_starts == [pytest.approx(starts, abs=0.1) for starts in served]
 

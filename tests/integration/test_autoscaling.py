@@ -135,11 +135,11 @@ def test_nodes_that_are_preempted_cost_no_result(sweep_toml: Path, s3: ObjectSto
     with running(s3) as cluster:
         nodes = NodeCount(cluster)
         job = submitted(cluster, sweep_toml, run_dir)
-        wait_for("two trainings", lambda: len(cluster.processes.running("scripted_trainer.py")) == 2, 120)
+        wait_for("two trainings", lambda: len(cluster.processes.running("scripted_trainer.py")) == 2)
         assert preempt(cluster) >= 2
         ended(cluster, job)
         assert_the_undisturbed_result(run_dir)
-        wait_for("the nodes to go", lambda: nodes.now() == 0, 60)
+        wait_for("the nodes to go", lambda: nodes.now() == 0)
 
 
 def test_what_no_type_of_node_has_is_told_and_not_waited_for(sweep_toml: Path, s3: ObjectStore, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_each_model_is_served_on_the_gpus_that_it_wants(sweep_toml: Path, s3: Ob
     with running(s3) as cluster:
         nodes = NodeCount(cluster)
         job = submitted(cluster, sweep_toml, run_dir)
-        wait_for("a node of each type", lambda: nodes.now("accelerator_type:L4") and nodes.now("accelerator_type:H100"), 60)
+        wait_for("a node of each type", lambda: nodes.now("accelerator_type:L4") and nodes.now("accelerator_type:H100"))
         ended(cluster, job)
     (trial,) = bt_ray.SweepResult.read(f"{run_dir}/result.json").trials
     assert [candidate.score for candidate in trial.candidates] == [20.0, 50.0]
@@ -204,10 +204,10 @@ def test_a_cluster_grows_with_a_sweep_leaves_a_drained_node_and_shrinks(
         assert nodes.now() == 0
         with nodes.watched():
             job = submitted(cluster, sweep_toml, run_dir)
-            wait_for("a training", lambda: cluster.processes.running("scripted_trainer.py"), 120)
+            wait_for("a training", lambda: cluster.processes.running("scripted_trainer.py"))
             drain(cluster, node_of(cluster.processes.named("ray::ModelServer")[0]))
             logs = ended(cluster, job)
-            wait_for("the nodes to go", lambda: nodes.now() == 0, 60)
+            wait_for("the nodes to go", lambda: nodes.now() == 0)
     assert "The sweep waits for the cluster to grow" in logs
     assert_the_undisturbed_result(run_dir)
     assert 2 <= max(nodes.seen) <= LIMIT
@@ -225,7 +225,7 @@ def test_a_new_cluster_goes_on_where_the_head_was_lost(sweep_toml: Path, s3: Obj
     run_dir = f"s3://bucket/{tmp_path.name}/run"
     with running(s3) as cluster:
         submitted(cluster, sweep_toml, run_dir)
-        wait_for("a training", lambda: cluster.processes.running("scripted_trainer.py"), 120)
+        wait_for("a training", lambda: cluster.processes.running("scripted_trainer.py"))
         for process in cluster.processes.all():
             process.kill()
     with running(s3) as cluster:

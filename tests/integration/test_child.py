@@ -74,7 +74,7 @@ def test_the_owners_death_ends_the_whole_tree(tmp_path: Path, how: signal.Signal
     await_text(log, "grown")
     tree = tree_of(pid)
     owner.send_signal(how)
-    owner.wait(20)
+    owner.wait()
     assert await_gone(tree) == []
 
 

@@ -46,7 +46,7 @@ def sweep(tmp_path: Path, settings: dict[str, Any]) -> Any:
     yield made
     for process in made.processes.all():
         process.kill()
-    made.driver.wait(20)
+    made.driver.wait()
 
 
 def api_server_killed(sweep: Faults) -> str:
@@ -91,7 +91,7 @@ def model_server_actor_killed(sweep: Faults) -> str:
 def pool_actor_killed(sweep: Faults) -> str:
     before = sweep.processes.models()
     sweep.kill("ray::ServerPool")
-    wait_for("its servers to be gone", lambda: not any(process.is_running() for process in before), 30)
+    wait_for("its servers to be gone", lambda: not any(process.is_running() for process in before))
     return ""
 
 

@@ -242,7 +242,7 @@ def test_a_sweep_goes_on_where_its_driver_was_killed(tmp_path: Path, settings: d
     killed = RunningSweep(tmp_path, settings)
     killed.await_phase("training")
     killed.driver.send_signal(signal.SIGKILL)
-    killed.driver.wait(20)
+    killed.driver.wait()
     killed.assert_nothing_is_left()
     before = manifests(run_dir)
     again = RunningSweep(tmp_path, settings)

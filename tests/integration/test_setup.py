@@ -46,7 +46,7 @@ class Clone:
         env = {**os.environ, "PYTHON": str(self.folder / "bin" / "python")}
         env["PATH"] = f"{self.folder / 'bin'}{os.pathsep}{env['PATH']}"
         command = ["bash", str(self.folder / "scripts" / "setup.sh")]
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=False)
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
     @property
     def calls(self) -> list[str]:

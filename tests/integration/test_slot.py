@@ -56,8 +56,7 @@ class Call:
         self.thread.start()
 
     def error(self) -> Exception | None:
-        self.thread.join(20)
-        assert not self.thread.is_alive()
+        self.thread.join()
         return self.raised
 
 

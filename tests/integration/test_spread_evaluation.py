@@ -56,7 +56,7 @@ def test_three_processes_give_what_one_gives_and_leave_nothing(settings: dict[st
     assert {f"trial {strategy}, process {n}" for strategy in ("p -> w", "w -> p") for n in (2, 3)} <= holders
     assert {f"test of {prefix}, process 2" for prefix in ("p -> w", "w -> p")} <= holders
     processes = MarkedProcesses(os.environ[MARK])
-    wait_for("the other processes to be gone", lambda: not processes.named("ray::EvaluatingProcess"), 30)
+    wait_for("the other processes to be gone", lambda: not processes.named("ray::EvaluatingProcess"))
 
 
 @pytest.mark.long

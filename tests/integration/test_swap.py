@@ -162,7 +162,8 @@ def test_a_fresh_start_that_answers_otherwise_than_before_is_an_error(host: Host
 
 @pytest.mark.parametrize(("mode", "how"), [("keep", "swap"), ("sleep", "swap"), ("stop", "start")])
 def test_what_the_server_does_during_a_training_is_a_setting(host: Host, mode: str, how: str) -> None:
-    slot = host.slot({"SCRIPTED_TRAIN_S": "0.5"}, while_training=mode)
+    (hold := host.faults / "hold").write_text("0")
+    slot = host.slot({"SCRIPTED_TRAIN_HOLD": str(hold)}, while_training=mode)
     slot.serve(host.base)
     server = psutil.Process(slot.status().pid)
     trained: list[Weights] = []
@@ -171,6 +172,7 @@ def test_what_the_server_does_during_a_training_is_a_setting(host: Host, mode: s
     wait_for("the training", lambda: slot.status().state == "training")
     assert slot.status().pid != server.pid
     assert server.is_running() == (mode != "stop")
+    hold.unlink()
     training.join()
     assert ask(slot.serve(trained[0])) == "8"
     assert slot.change.how == how
@@ -193,7 +195,7 @@ def test_stop_ends_a_kept_server_and_the_training_beside_it(host: Host) -> None:
     wait_for("the training", lambda: slot.status().state == "training")
     trainer = psutil.Process(slot.status().pid)
     slot.stop()
-    training.join(20)
+    training.join()
     assert raised
     assert not server.is_running()
     assert not trainer.is_running()
@@ -207,8 +209,8 @@ def test_a_server_that_hangs_is_killed_and_its_clients_see_a_reset(host: Host) -
     process.suspend()
     with pytest.raises(httpx.TransportError):
         ask(endpoint)
-    wait_for("the watch", lambda: slot.status().state == "dead", 20)
-    wait_for("its end", lambda: not process.is_running(), 20)
+    wait_for("the watch", lambda: slot.status().state == "dead")
+    wait_for("its end", lambda: not process.is_running())
     assert "It hangs" in slot.status().detail
     assert ask(slot.serve(host.base)) == "wrong"
     assert "It hangs" in slot.change.reason
@@ -220,7 +222,7 @@ def test_an_engine_that_gives_no_token_is_found_although_its_server_answers(host
     (host.faults / "hang").write_text("")
     with pytest.raises(httpx.TransportError):
         ask(endpoint)
-    wait_for("the watch", lambda: slot.status().state == "dead", 20)
+    wait_for("the watch", lambda: slot.status().state == "dead")
     assert "probe" in slot.status().detail
 
 
@@ -247,7 +249,7 @@ def test_a_server_that_dies_is_noticed_with_its_last_lines(host: Host) -> None:
     slot = host.slot(stall_timeout_s=1.5)
     slot.serve(host.base)
     os.kill(slot.status().pid or 0, signal.SIGKILL)
-    wait_for("the watch", lambda: slot.status().state == "dead", 20)
+    wait_for("the watch", lambda: slot.status().state == "dead")
     assert "ended with status -9" in slot.status().detail
     assert ask(slot.serve(host.base)) == "wrong"
     assert "ended with status -9" in slot.change.reason
@@ -267,12 +269,12 @@ def test_requests_that_outlast_the_drain_end_with_an_error_and_the_swap_goes_on(
     client = threading.Thread(target=late)
     client.start()
     status = f"{endpoint.url}/bt_ray/status"
-    wait_for("the request", lambda: httpx.get(status, headers=endpoint.headers).json()["in_flight"] == 1)
+    wait_for("the request", lambda: httpx.get(status, headers=endpoint.headers, timeout=60).json()["in_flight"] == 1)
     began = time.monotonic()
     slot.serve(trained)
     assert time.monotonic() - began < 15
     assert slot.change.how == "swap"
-    client.join(10)
+    client.join()
     assert statuses == [503]
 
 

@@ -69,7 +69,7 @@ def test_a_sweep_leaves_no_actor_to_a_ray_that_goes_on(settings: dict[str, Any])
     sweep(settings, strategies=["p"])
     processes = MarkedProcesses(os.environ[MARK])
     actors = ("ray::StepClaims", "ray::ServerPool", "ray::ModelServer", "ray::TestEvaluation", "ray::ImplicitFunc")
-    wait_for("the sweep's actors to be gone", lambda: not processes.named(*actors), 30)
+    wait_for("the sweep's actors to be gone", lambda: not processes.named(*actors))
 
 
 def test_a_failed_step_ends_its_strategy_with_the_best_so_far_and_the_others_go_on(settings: dict[str, Any]) -> None:

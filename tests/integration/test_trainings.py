@@ -49,7 +49,7 @@ def saved(storage: Storage, key: str) -> list[str]:
 
 
 def cut_off(slot: Slot, storage: Storage, base: Weights, config: SweepConfig, key: str) -> None:
-    """Start a training, and kill its process after a checkpoint."""
+    """Start a training that takes two steps, and kill its process when their checkpoint is kept."""
     call = Call(slot.train, base, DATA, config.train, seed=0)
     wait_for("a checkpoint", lambda: any("checkpoint-2" in name for name in saved(storage, key)))
     psutil.Process(slot.status().pid).kill()
@@ -60,7 +60,9 @@ def test_a_training_that_was_cut_off_goes_on_on_another_node(
     config: SweepConfig, base: Weights, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = training_key(base, DATA, config.train, seed=0, adapter=False)
-    cut_off(node(config, storage, monkeypatch, tmp_path / "a", SCRIPTED_TRAIN_S="4"), storage, base, config, key)
+    (hold := tmp_path / "hold").write_text("2")
+    slot = node(config, storage, monkeypatch, tmp_path / "a", SCRIPTED_TRAIN_HOLD=str(hold))
+    cut_off(slot, storage, base, config, key)
     assert storage.names("weights") == [], "nothing half-written is left"
     there = node(config, storage, monkeypatch, tmp_path / "b")
     trained = there.train(base, DATA, config.train, seed=0)
@@ -81,7 +83,9 @@ def test_a_checkpoint_that_leads_nowhere_is_removed(
     config: SweepConfig, base: Weights, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = training_key(base, DATA, config.train, seed=0, adapter=False)
-    cut_off(node(config, storage, monkeypatch, tmp_path / "a", SCRIPTED_TRAIN_S="4"), storage, base, config, key)
+    (hold := tmp_path / "hold").write_text("2")
+    slot = node(config, storage, monkeypatch, tmp_path / "a", SCRIPTED_TRAIN_HOLD=str(hold))
+    cut_off(slot, storage, base, config, key)
     before = saved(storage, key)
     with pytest.raises(TrainingError, match="this checkpoint is broken"):
         node(config, storage, monkeypatch, tmp_path / "b", SCRIPTED_CHECKPOINT="broken").train(

@@ -68,13 +68,13 @@ def served(run_dir: Path) -> Iterator[Serving]:
             command, stdout=opened, stderr=subprocess.STDOUT, env={**processes.environment, "PYTHONUNBUFFERED": "1"}
         )
     try:
-        wait_for("the address", lambda: "print(program" in output.read_text() or process.poll() is not None, 60)
+        wait_for("the address", lambda: "print(program" in output.read_text() or process.poll() is not None)
         said = dict(re.findall(r"^(model|address|token) +(\S+)$", output.read_text(), re.MULTILINE))
         yield Serving(processes, said["address"], said["model"], said["token"])
     finally:
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
-    wait_for("its processes to be gone", lambda: not processes.all(), 20)
+        assert process.wait() == 130
+    wait_for("its processes to be gone", lambda: not processes.all())
 
 
 def test_the_winner_is_served_to_whoever_has_the_token(run_dir: Path, served: Serving) -> None:

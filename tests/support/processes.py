@@ -60,10 +60,14 @@ class MarkedProcesses:
         return self.named(*MODEL_PROCESSES)
 
 
-def wait_for(what: str, look: Callable[[], T], timeout_s: float = 60) -> T:
+LIMIT_S = 300
+"""Seconds after which what a test waits for never comes: less than pytest's limit for the test, whose message says less."""
+
+
+def wait_for(what: str, look: Callable[[], T]) -> T:
     """What `look` returns as soon as it is true."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + LIMIT_S
     while not (seen := look()):
-        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
+        assert time.monotonic() < deadline, f"waited {LIMIT_S} s for {what}"
         time.sleep(0.05)
     return seen

@@ -1,7 +1,8 @@
 """Stands in for `bt_ray.training.main`: the result's skill is the parent's plus 3 (or plus `SCRIPTED_GAIN`).
 
-It takes four optimizer steps, `SCRIPTED_TRAIN_S` seconds in all, with a checkpoint after each. A file `corrupt` in
-`SCRIPTED_FAULTS` has it damage what it leaves, once.
+It takes four optimizer steps, `SCRIPTED_TRAIN_S` seconds in all, with a checkpoint after each. While there is a file
+`SCRIPTED_TRAIN_HOLD`, it takes no more steps than the number in that. A file `corrupt` in `SCRIPTED_FAULTS` has it damage
+what it leaves, once.
 """
 
 import json
@@ -21,6 +22,14 @@ from scripted_model import logprobs_of, read_skill, write_model
 STEPS = 4
 
 
+def most_steps() -> int:
+    """How many steps it may take for now."""
+    try:
+        return int(Path(os.environ["SCRIPTED_TRAIN_HOLD"]).read_text())
+    except (KeyError, FileNotFoundError):
+        return STEPS
+
+
 def main() -> None:
     job = TrainJob.read(Path(sys.argv[1]))
     conversations = job.data_file.read_text().splitlines()
@@ -29,6 +38,8 @@ def main() -> None:
         sys.exit("this checkpoint is broken")
     done = checkpoint_step(job.checkpoint) if job.checkpoint else 0
     for step in range(done + 1, STEPS + 1):
+        while step > most_steps():
+            time.sleep(0.02)
         time.sleep(float(os.environ.get("SCRIPTED_TRAIN_S", "0")) / STEPS)
         with job.progress_file.open("a") as progress:
             progress.write(json.dumps({"step": step, "steps": STEPS, "epoch": step / STEPS, "loss": 0.5}) + "\n")

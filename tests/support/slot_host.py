@@ -43,6 +43,6 @@ class Host:
 def ask(endpoint: Endpoint, number: int = 4) -> str:
     body = {"model": endpoint.weights_id, "messages": [{"role": "user", "content": f"number {number}"}]}
     url = f"{endpoint.url}/v1/chat/completions"
-    answer = httpx.post(url, json=body, headers=endpoint.headers, timeout=20, trust_env=False)
+    answer = httpx.post(url, json=body, headers=endpoint.headers, timeout=120, trust_env=False)
     answer.raise_for_status()
     return str(answer.json()["choices"][0]["message"]["content"]).splitlines()[1]

@@ -16,7 +16,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 def check(logs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [str(SCRIPTS / "gpu_check.sh"), *arguments]
     env = {**os.environ, "GPU_CHECK_LOGS": str(logs)}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
 def printed(file: Path, *calls: Callable[[], None]) -> None:
