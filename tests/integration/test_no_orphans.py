@@ -16,10 +16,15 @@ SCORES = {"": 20.0, "p": 40.0, "p -> w": 70.0}
 
 
 class RunningSweep:
-    """`bt-ray sweep` in a process of its own, with a Ray of its own, slow enough to be disturbed."""
+    """`bt-ray sweep` in a process of its own, with a Ray of its own, slow enough to be disturbed.
+
+    Its training goes on until its result is waited for.
+    """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        env = {**settings["server"]["env"], "SCRIPTED_DELAY_S": "0.3", "SCRIPTED_TRAIN_S": "4"}
+        self._hold = folder / "hold"
+        self._hold.write_text("0")
+        env = {**settings["server"]["env"], "SCRIPTED_DELAY_S": "0.3", "SCRIPTED_TRAIN_HOLD": str(self._hold)}
         server = {**settings["server"], "count": 1, "cpus": 0.5, "env": env}
         values = {**settings, "strategies": ["p -> w"], "server": server}
         (folder / "sweep.toml").write_text(toml(values))
@@ -46,7 +51,8 @@ class RunningSweep:
 
     def await_result(self) -> dict[str, float]:
         """The score of each step, when the sweep has ended by itself."""
-        assert self.driver.wait(120) == 0, self.output.read_text()
+        self._hold.unlink()
+        assert self.driver.wait() == 0, self.output.read_text()
         result = self.run_dir.read_json("result.json")
         assert [trial["error"] for trial in result["trials"]] == [None]
         assert result["test_score"] == 70.0
