@@ -59,8 +59,8 @@ class RunningSweep:
         return {candidate["prefix"]: candidate["score"] for candidate in result["trials"][0]["candidates"]}
 
     def assert_nothing_is_left(self) -> None:
-        wait_for("all model processes to be gone", lambda: not self.processes.models(), 20)
-        wait_for("all other processes to be gone", lambda: not self.processes.all(), 60)
+        wait_for("all model processes to be gone", lambda: not self.processes.models())
+        wait_for("all other processes to be gone", lambda: not self.processes.all())
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def running(tmp_path: Path, settings: dict[str, Any]) -> Any:
     yield sweep
     for process in sweep.processes.all():
         process.kill()
-    sweep.driver.wait(20)
+    sweep.driver.wait()
 
 
 # SIGKILL: test_resume.py
@@ -79,7 +79,7 @@ def running(tmp_path: Path, settings: dict[str, Any]) -> Any:
 def test_the_drivers_end_is_the_end_of_all(running: RunningSweep, phase: str, how: signal.Signals) -> None:
     running.await_phase(phase)
     running.driver.send_signal(how)
-    running.driver.wait(60)
+    running.driver.wait()
     if how == signal.SIGINT:
         assert running.driver.returncode == 130
         assert "error: Interrupted." in running.output.read_text()
@@ -95,4 +95,4 @@ def test_a_killed_test_of_the_winner_is_run_again(running: RunningSweep) -> None
 def test_a_raylet_that_is_killed_leaves_nothing(running: RunningSweep) -> None:
     running.await_phase("serving")
     running.kill("raylet/raylet")
-    wait_for("all model processes to be gone", lambda: not running.processes.models(), 30)
+    wait_for("all model processes to be gone", lambda: not running.processes.models())
