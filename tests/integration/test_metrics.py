@@ -51,7 +51,7 @@ def test_servers_leases_steps_requests_and_tokens_are_exported(settings: dict[st
             seen.update(name for name in NAMES if name in text)
             return seen == set(NAMES) or not sweep.is_alive()
 
-        wait_for("all metrics", look, 120)
+        wait_for("all metrics", look)
         sweep.join(120)
         assert done[0].returncode == 0, done[0].stdout
         assert seen == set(NAMES)

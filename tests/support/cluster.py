@@ -58,17 +58,17 @@ class Cluster:
         self.head = subprocess.Popen(command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def await_ready(self) -> None:
-        wait_for("the dashboard", lambda: self._answers(f"{self.url}/api/jobs/"), 90)
-        wait_for("the node's job agent", lambda: self._answers(f"{self._agent_url}/api/local_raylet_healthz"), 90)
+        wait_for("the dashboard", lambda: self._answers(f"{self.url}/api/jobs/"))
+        wait_for("the node's job agent", lambda: self._answers(f"{self._agent_url}/api/local_raylet_healthz"))
 
     def _answers(self, url: str) -> bool:
         headers = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
         try:
-            return httpx.get(url, headers=headers, timeout=5).status_code == 200
+            return httpx.get(url, headers=headers, timeout=60).status_code == 200
         except httpx.TransportError:
             return False
 
-    def job(self, *arguments: str, timeout_s: float = 150) -> subprocess.CompletedProcess[str]:
+    def job(self, *arguments: str, timeout_s: float = 280) -> subprocess.CompletedProcess[str]:
         command = [RAY, "job", *arguments]
         env = {**self.environment, "RAY_ADDRESS": self.url}
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
