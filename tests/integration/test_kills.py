@@ -69,11 +69,11 @@ class Sweep:
         return {manifest["prefix"] or "baseline" for manifest in manifests}
 
     def await_commits(self, count: int) -> None:
-        wait_for(f"{count} commits", lambda: len(self.committed()) >= count or self.driver.poll() is not None, 120)
+        wait_for(f"{count} commits", lambda: len(self.committed()) >= count or self.driver.poll() is not None)
 
     def result(self) -> Seen:
         """What each candidate is, when the sweep has ended by itself."""
-        assert self.driver.wait(240) == 0, (self.folder / "output.txt").read_text()
+        assert self.driver.wait() == 0, (self.folder / "output.txt").read_text()
         result = SweepResult.read(f"{self.run_dir.location}/result.json")
         assert [trial.error for trial in result.trials] == [None] * len(ALL)
         return {(c.strategy, c.prefix): (c.score, self.run_dir.read_json(c.program)["demos"]) for c in result.candidates}
@@ -83,8 +83,8 @@ class Sweep:
 
     def await_quiet(self) -> None:
         """Nothing that the sweep started runs any more."""
-        wait_for("models to be gone", lambda: not self.cluster.processes.models(), 60)
-        wait_for("trials to be gone", lambda: not self.processes(*TRIALS, "ray::StepClaims", "ray::ModelServer"), 60)
+        wait_for("models to be gone", lambda: not self.cluster.processes.models())
+        wait_for("trials to be gone", lambda: not self.processes(*TRIALS, "ray::StepClaims", "ray::ModelServer"))
 
 
 def uncommitted(run_dir: Storage) -> set[str]:
@@ -140,7 +140,7 @@ def await_commit(sweep: Sweep) -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def cluster(s3: ObjectStore) -> Iterator[Cluster]:
-    started = Cluster(cpus=8, env=s3.environment)
+    started = Cluster(cpus=8, env=s3.environment, forked=True)
     try:
         started.await_ready()
         yield started

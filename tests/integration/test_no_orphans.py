@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.cluster import FORKED_WORKERS
 from support.processes import MarkedProcesses, wait_for
 from support.sweep_files import toml
 
@@ -16,10 +17,15 @@ SCORES = {"": 20.0, "p": 40.0, "p -> w": 70.0}
 
 
 class RunningSweep:
-    """`bt-ray sweep` in a process of its own, with a Ray of its own, slow enough to be disturbed."""
+    """`bt-ray sweep` in a process of its own, with a Ray of its own, slow enough to be disturbed.
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        env = {**settings["server"]["env"], "SCRIPTED_DELAY_S": "0.3", "SCRIPTED_TRAIN_S": "4"}
+    Its training goes on until its result is waited for. Its Ray's workers are forked (`forked_workers`), or not.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], *, forked: bool = True) -> None:
+        self._hold = folder / "hold"
+        self._hold.write_text("0")
+        env = {**settings["server"]["env"], "SCRIPTED_DELAY_S": "0.3", "SCRIPTED_TRAIN_HOLD": str(self._hold)}
         server = {**settings["server"], "count": 1, "cpus": 0.5, "env": env}
         values = {**settings, "strategies": ["p -> w"], "server": server}
         (folder / "sweep.toml").write_text(toml(values))
@@ -27,7 +33,8 @@ class RunningSweep:
         self.folder = folder
         self.processes = MarkedProcesses()
         self.output = folder / "output.txt"
-        command = [sys.executable, "-m", "bt_ray.cli", "sweep", str(folder / "sweep.toml")]
+        start = [FORKED_WORKERS, "run"] if forked else ["-m"]
+        command = [sys.executable, *start, "bt_ray.cli", "sweep", str(folder / "sweep.toml")]
         with self.output.open("w") as output:
             self.driver = subprocess.Popen(command, stdout=output, stderr=output, env=self.processes.environment)
 
@@ -46,24 +53,25 @@ class RunningSweep:
 
     def await_result(self) -> dict[str, float]:
         """The score of each step, when the sweep has ended by itself."""
-        assert self.driver.wait(120) == 0, self.output.read_text()
+        self._hold.unlink()
+        assert self.driver.wait() == 0, self.output.read_text()
         result = self.run_dir.read_json("result.json")
         assert [trial["error"] for trial in result["trials"]] == [None]
         assert result["test_score"] == 70.0
         return {candidate["prefix"]: candidate["score"] for candidate in result["trials"][0]["candidates"]}
 
     def assert_nothing_is_left(self) -> None:
-        wait_for("all model processes to be gone", lambda: not self.processes.models(), 20)
-        wait_for("all other processes to be gone", lambda: not self.processes.all(), 60)
+        wait_for("all model processes to be gone", lambda: not self.processes.models())
+        wait_for("all other processes to be gone", lambda: not self.processes.all())
 
 
 @pytest.fixture
 def running(tmp_path: Path, settings: dict[str, Any]) -> Any:
-    sweep = RunningSweep(tmp_path, settings)
+    sweep = RunningSweep(tmp_path, settings, forked=False)
     yield sweep
     for process in sweep.processes.all():
         process.kill()
-    sweep.driver.wait(20)
+    sweep.driver.wait()
 
 
 # SIGKILL: test_resume.py
@@ -73,7 +81,7 @@ def running(tmp_path: Path, settings: dict[str, Any]) -> Any:
 def test_the_drivers_end_is_the_end_of_all(running: RunningSweep, phase: str, how: signal.Signals) -> None:
     running.await_phase(phase)
     running.driver.send_signal(how)
-    running.driver.wait(60)
+    running.driver.wait()
     if how == signal.SIGINT:
         assert running.driver.returncode == 130
         assert "error: Interrupted." in running.output.read_text()
@@ -89,4 +97,4 @@ def test_a_killed_test_of_the_winner_is_run_again(running: RunningSweep) -> None
 def test_a_raylet_that_is_killed_leaves_nothing(running: RunningSweep) -> None:
     running.await_phase("serving")
     running.kill("raylet/raylet")
-    wait_for("all model processes to be gone", lambda: not running.processes.models(), 30)
+    wait_for("all model processes to be gone", lambda: not running.processes.models())
