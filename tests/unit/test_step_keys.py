@@ -225,6 +225,23 @@ def test_thousands_of_functions_that_call_each_other_take_under_a_second() -> No
     assert cpu_seconds(files) - cpu_seconds(PLAIN) < 1.5  # of which compiling the file takes some
 
 
+def test_large_packages_in_the_tasks_folder_take_little_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = [Path(pytest.importorskip(name).__file__).parent for name in ("jinja2", "lark")]
+    files = {
+        f"{package.name}/{file.relative_to(package)}": file.read_text()
+        for package in packages
+        for file in package.rglob("*.py")
+    }
+    imported = METRIC.replace("    return", "    jinja2.Template('a').render()\n    lark.Lark('start: \"a\"')\n    return")
+    files["task.py"] = HEAD + "import jinja2, lark\n" + PROGRAM + imported + BUILD
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("jinja2", "lark")]:
+        monkeypatch.delitem(sys.modules, name)  # those that are installed
+    began = time.process_time()
+    keys = keys_of(files)
+    assert time.process_time() - began < 5
+    assert any(name.endswith("in lark.py") for name in keys[""].reached), "the copies are what it sees"
+
+
 # -- mutations --
 
 RICH = '''
