@@ -147,6 +147,7 @@ def plan(
     strategy: StrategyOption = None,
     run_dir: RunDirOption = None,
     assignments: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Each step's key and what it is made of, as JSON.")] = False,
 ) -> None:
     """Say what a sweep will compute, before anything is paid for: steps, shared and new, trainings, requests, time.
 
@@ -171,6 +172,9 @@ def plan(
         evaluated = first.examples[1]
         trials = [strategy for variant in checked.variants.values() for strategy in variant.strategies]
         planned = make_plan(trials, keys, finished, evaluated * len(first.task.program.predictors()))
+        if as_json:
+            typer.echo(json.dumps(planned.to_json(), indent=2))
+            return
         console.print(step_tree(planned.steps, finished), soft_wrap=True)
         for line in plan_lines(planned, evaluated, config.student_server.gpus):
             console.print(line, markup=False, highlight=False, soft_wrap=True)

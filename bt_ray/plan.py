@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
+from typing import Any
 
 from bt_ray.fingerprint import StepKey
 from bt_ray.store import FinishedStep
@@ -54,6 +55,11 @@ class Plan:
     def trainings(self) -> list[str]:
         """The new steps that fine-tune."""
         return [label for label in self.new if self.steps[label].trains]
+
+    def to_json(self) -> dict[str, Any]:
+        """Each step with its key, what that is made of, and whether it is finished."""
+        steps = [{"label": label, **key.to_json(), "finished": label in self.finished} for label, key in self.steps.items()]
+        return {"steps": steps}
 
 
 def make_plan(

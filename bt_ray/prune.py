@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from bt_ray.best import BEST, MANIFEST
+from bt_ray.errors import ConfigError
 from bt_ray.run_directory import read_steps
 from bt_ray.storage import Storage
 from bt_ray.training.job import CHECKPOINTS
@@ -36,11 +37,13 @@ def find_prunable(storage: Storage, *, only_best: bool = False) -> Prunable:
     steps that were computed again, are needed by neither. Checkpoints stay while a step is missing that may need them.
 
     Raises:
-        ConfigError: No sweep was run there.
+        ConfigError: No sweep was run there, or, with `only_best`, it has no best program yet.
     """
     keys, finished = read_steps(storage)
-    best = storage.read_json(f"{BEST}/{MANIFEST}") or {"predictors": {}}
-    needed = set(best["predictors"].values())
+    best = storage.read_json(f"{BEST}/{MANIFEST}")
+    if only_best and best is None:
+        raise ConfigError(f"--only-best: {storage.location} has no best program yet, so nothing is removed.")
+    needed = set(best["predictors"].values()) if best is not None else set()
     if not only_best:
         needed |= {weights_id for step in finished.values() for weights_id in step.weights.values()}
     weights = storage.names(WEIGHTS)

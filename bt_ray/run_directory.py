@@ -6,13 +6,15 @@ from typing import Any
 
 from bt_ray.config import SweepConfig
 from bt_ray.errors import ConfigError, StorageError
-from bt_ray.fingerprint import StepKey
+from bt_ray.fingerprint import KIND, StepKey
 from bt_ray.state import STATUS
 from bt_ray.storage import Storage, open_storage
 from bt_ray.store import FinishedStep, StepStore
 from bt_ray.strategy import length
 
 SWEEP, CONFIG, RESULT = "sweep.json", "config.json", "result.json"
+MOST_NAMED = 8
+"""Changes that a message names."""
 
 
 def check_run_directory(run_dir: str, keys: Mapping[str, StepKey], *, accept_changes: bool) -> None:
@@ -38,19 +40,42 @@ def check_run_directory(run_dir: str, keys: Mapping[str, StepKey], *, accept_cha
 
 
 def _refuse_changes(storage: Storage, theirs: Mapping[str, Any], keys: Mapping[str, StepKey]) -> None:
-    """Raises `ConfigError` if something changed since that finished steps depend on."""
+    """Raises `ConfigError` if something changed since that finished steps depend on, or nobody can tell."""
     finished = StepStore(storage).read_all(theirs[prefix]["key"] for prefix in keys if prefix in theirs)
     both = [prefix for prefix in keys if prefix in theirs and theirs[prefix]["key"] in finished]
     affected = [prefix for prefix in both if theirs[prefix]["key"] != keys[prefix].key]
     if not affected:
         return
-    changed = sorted({name for prefix in affected for name in _different(theirs[prefix]["parts"], keys[prefix].parts)})
+    if any(_kind(theirs[prefix]) != KIND for prefix in affected):
+        raise ConfigError(
+            f"run_dir: the keys of the finished steps in {storage.location} are of another kind "
+            f"({_kind(theirs[affected[0]])}) than those of this version of bt_ray ({KIND}), so none of these steps is "
+            f"used again: {_shown(affected)}. Choose another directory with --run-dir, or compute them again with "
+            "--accept-changes."
+        )
     valid = [prefix for prefix in both if prefix not in affected]
     raise ConfigError(
-        f"run_dir: {storage.location} is of another sweep, or something changed since: {', '.join(changed)}. "
+        f"run_dir: {storage.location} is of another sweep, or something changed since: {_changes(theirs, keys, affected)}. "
         f"That affects the finished steps {_shown(affected)}{f' but not {_shown(valid)}' if valid else ''}. "
         "Choose another directory with --run-dir, or compute them again with --accept-changes."
     )
+
+
+def _kind(step: Mapping[str, Any]) -> int:
+    return int(step.get("kind", 1))
+
+
+def _changes(theirs: Mapping[str, Any], keys: Mapping[str, StepKey], affected: Sequence[str]) -> str:
+    """The parts that differ, and in brackets what in them does, so far as it has a name."""
+    parts: set[str] = set()
+    named: set[str] = set()
+    for prefix in affected:
+        parts |= _different(theirs[prefix]["parts"], keys[prefix].parts)
+        named |= _different(theirs[prefix].get("reached", {}), keys[prefix].reached)
+    shown = sorted(named, key=lambda name: (name.startswith("value "), name))
+    more = f" and {len(shown) - MOST_NAMED} more" if len(shown) > MOST_NAMED else ""
+    brackets = f" ({', '.join(shown[:MOST_NAMED])}{more})" if shown else ""
+    return ", ".join(sorted(parts)) + brackets
 
 
 def _different(theirs: Mapping[str, str], ours: Mapping[str, str]) -> set[str]:
@@ -87,7 +112,9 @@ def prepare_run_directory(storage: Storage, config: SweepConfig, keys: Mapping[s
     before = storage.read_json(SWEEP) or {}
     theirs = _steps(before)
     accepted = [prefix for prefix in keys if prefix in theirs and theirs[prefix]["key"] != keys[prefix].key]
-    changes = [*before.get("accepted_changes", []), *([{"at": time.time(), "steps": accepted}] if accepted else [])]
+    changes = list(before.get("accepted_changes", []))
+    if accepted:
+        changes.append({"at": time.time(), "steps": accepted, "changed": _changes(theirs, keys, accepted)})
     steps = {**theirs, **{prefix: key.to_json() for prefix, key in keys.items()}}
-    storage.write_json(SWEEP, {"steps": steps, "accepted_changes": changes})
+    storage.write_json(SWEEP, {"key_kind": KIND, "steps": steps, "accepted_changes": changes})
     storage.write_json(CONFIG, config.without_secrets())

@@ -63,6 +63,7 @@ class Task:
             `BetterTogether(metric, **optimizers)`. Default: BetterTogether's own `p` and `w`.
         teacher: A program, or several, for the optimizers that take one. It needs LMs of its own, or none at all.
         optimizer_compile_args: Arguments of each optimizer's `compile()`, as for `BetterTogether.compile()`.
+        version: Another one has every step computed anew: for what no key sees, as a service that the metric asks.
     """
 
     program: dspy.Module
@@ -73,6 +74,7 @@ class Task:
     optimizers: OptimizersFunction | None = None
     teacher: dspy.Module | Sequence[dspy.Module] | None = None
     optimizer_compile_args: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    version: str | int | None = None
 
     def build_optimizers(self, context: StepContext) -> dict[str, Teleprompter]:
         """Fresh optimizers for one step. Optimizers keep state and take their LM when they are built.

@@ -40,6 +40,8 @@ def examples() -> list[dspy.Example]:
 
 
 def build() -> bt_ray.Task:
+    # DSPy asks a second time, for JSON, where an answer does not parse: this model's do not parse then either.
+    dspy.configure(adapter=dspy.ChatAdapter(use_json_adapter_fallback=False))
     flowers = examples()
     trainset, valset, testset = flowers[:50], flowers[50:100], flowers[100:]
     program = dspy.Predict(ClassifyIris)

@@ -133,9 +133,9 @@ def test_a_change_that_affects_finished_steps_is_told_and_accepted_only_on_deman
     sweep(counted, strategies=["p -> w"])
     with pytest.raises(bt_ray.BtRayError) as caught:
         sweep(counted, strategies=["p -> w"], train={**counted["train"], "epochs": 9})
-    assert 'something changed since: train. That affects the finished steps "p -> w" but not the baseline, "p"' in str(
-        caught.value
-    )
+    said = str(caught.value)
+    assert "something changed since: train (setting train.epochs). That affects" in said
+    assert 'the finished steps "p -> w" but not the baseline, "p"' in said
     changed = {**counted, "strategies": ["p -> w"], "train": {**counted["train"], "epochs": 9}}
     bt_ray.sweep(counted["task"], changed, accept_changes=True)
     assert computed() == Counter({"baseline": 1, "p": 1, "p -> w": 2})

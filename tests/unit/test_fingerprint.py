@@ -224,8 +224,3 @@ def same(one: Any, other: Any) -> bool:
 @given(VALUES, VALUES)
 def test_digests_are_equal_exactly_where_values_are(one: Any, other: Any) -> None:
     assert (digest(one) == digest(other)) == same(one, other)
-
-
-@given(st.dictionaries(st.text(), st.integers(), min_size=2))
-def test_the_order_of_a_mapping_is_no_part_of_it(mapping: dict[str, int]) -> None:
-    assert digest(dict(reversed(mapping.items()))) == digest(mapping)

@@ -75,7 +75,7 @@ LAYERS: dict[str, set[str]] = {
     "tune_loggers": {"config"},
     "served_best": {"best", "child", "errors", "serving", "slot", "weights"},
     "export": {"best", "errors", "node_disk", "node_weights", "results", "run_directory", "weights"},
-    "prune": {"best", "run_directory", "storage", "training", "trainings", "weights"},
+    "prune": {"best", "errors", "run_directory", "storage", "training", "trainings", "weights"},
     "preflight": {
         "config", "errors", "failure_latch", "fingerprint", "hosting", "lm", "resources", "run_directory", "served_models",
         "space", "strategy", "task", "training", "weights",

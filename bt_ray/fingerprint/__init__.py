@@ -1,0 +1,11 @@
+"""What a step depends on, as hashes: equal inputs give equal ones in any process on any machine, any change another.
+
+Whatever can change a prompt, an answer, a score, the training data or the weights changes the key of the step that it
+first concerns, and of all after it; what cannot, as a comment or a folder, changes none. `values` and `types` say what an
+object is made of, `functions` and `code` what code is and mentions; `graph` makes hashes of that, each object once; `keys`
+makes those of steps.
+"""
+
+from bt_ray.fingerprint.keys import KIND, StepKey, digest, step_keys, versions
+
+__all__ = ["KIND", "StepKey", "digest", "step_keys", "versions"]

@@ -1,0 +1,309 @@
+"""Code as a key sees it: what it does and what it mentions, without comments, formatting, line numbers and docstrings.
+
+Code is taken as it was compiled: Python's own compiler drops what a program does not mean. Modules of the user's that code
+imports while it runs are compiled from their files, and never run here.
+"""
+
+import dis
+import importlib
+import os
+import re
+import site
+import sys
+import sysconfig
+from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import PathFinder
+from importlib.metadata import PackageNotFoundError, version
+from inspect import CO_OPTIMIZED
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+from bt_ray.fingerprint.graph import text_hash
+
+CONSTANTS = frozenset(dis.hasconst)
+EXTENDED, IMPORT, STORE_NAME = (dis.opmap[name] for name in ("EXTENDED_ARG", "IMPORT_NAME", "STORE_NAME"))
+LOAD_GLOBAL, LOAD_NAME = dis.opmap["LOAD_GLOBAL"], dis.opmap["LOAD_NAME"]
+NOT_SEEN_THROUGH = {
+    "__import__",
+    "eval",
+    "exec",
+    "globals",
+    "import_module",
+    "run_module",
+    "run_path",
+    "spec_from_file_location",
+}
+"""Names by which code runs other code that it does not mention."""
+FILE_NAME = re.compile(r"[\w./ -]{1,200}\.\w{1,10}")
+NO_SOURCES = {"__pycache__", "node_modules", "site-packages"}
+MOST_FILES = 5000
+
+
+@dataclass(frozen=True)
+class Import:
+    """`from {level dots}name import {names}` inside of code."""
+
+    name: str
+    level: int
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Code:
+    """What a code object does, with all code inside it.
+
+    Attributes:
+        digest: A hash of that.
+        names: All names in it, of variables of its module and of attributes.
+        variables: Those of its module, or of Python.
+        imports: What it imports.
+        files: Constants that look like a file's name.
+    """
+
+    digest: str
+    names: frozenset[str]
+    variables: frozenset[str]
+    imports: tuple[Import, ...]
+    files: frozenset[str]
+
+    @property
+    def is_seen_through(self) -> bool:
+        return not self.variables & NOT_SEEN_THROUGH and "import_module" not in self.names
+
+
+_read: dict[int, tuple[CodeType, Code]] = {}
+"""What was read, by the code object's id, with the object, so that no other gets its id."""
+
+
+def read_code(code: CodeType) -> Code:
+    """What a code object does. Each is read once."""
+    known = _read.get(id(code))
+    if known is None:
+        known = _read[id(code)] = (code, _read_code(code))
+    return known[1]
+
+
+def _read_code(code: CodeType) -> Code:
+    numbers: dict[int, int] = {}
+    imports: list[Import] = []
+    variables: set[str] = set()
+    told: list[str] = []
+    loaded: list[Any] = [None, None]
+    argument = 0
+    operations = code.co_code
+    for at in range(0, len(operations), 2):
+        operation, argument = operations[at], argument << 8 | operations[at + 1]
+        if operation == EXTENDED:
+            continue
+        shown = argument
+        if operation in CONSTANTS:
+            loaded = [loaded[-1], code.co_consts[argument]]
+            # Numbered as they are used: a docstring, which is not, leaves no trace.
+            shown = -1 if _stores_line_number(code, at + 2) else numbers.setdefault(argument, len(numbers))
+        elif operation == IMPORT:
+            level, names = loaded
+            imports.append(Import(code.co_names[argument], level or 0, tuple(names or ())))
+        elif operation == LOAD_GLOBAL:
+            variables.add(code.co_names[argument >> 1])
+        elif operation == LOAD_NAME:
+            variables.add(code.co_names[argument])
+        told.append(f"{operation},{shown}")
+        argument = 0
+    constants = [code.co_consts[number] for number in numbers]
+    inner = [read_code(item) for item in constants if isinstance(item, CodeType)]
+    files = [item for item in constants if isinstance(item, str) and FILE_NAME.fullmatch(item)]
+    digest = text_hash(
+        ";".join(told),
+        *map(_constant, constants),
+        repr((code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_exceptiontable)),
+        repr((code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)),
+    )
+    stored = () if code.co_flags & CO_OPTIMIZED else ("__doc__",)  # by a module or a class that has a docstring
+    return Code(
+        digest,
+        frozenset(code.co_names).difference(stored).union(*(item.names for item in inner)),
+        frozenset(variables).union(*(item.variables for item in inner)),
+        (*imports, *(found for item in inner for found in item.imports)),
+        frozenset(files).union(*(item.files for item in inner)),
+    )
+
+
+def _stores_line_number(code: CodeType, at: int) -> bool:
+    operations = code.co_code
+    stored = at < len(operations) and operations[at] == STORE_NAME
+    return stored and code.co_names[operations[at + 1]] == "__firstlineno__"
+
+
+def _constant(value: Any) -> str:
+    if isinstance(value, CodeType):
+        return f"code {value.co_name} {read_code(value).digest}"
+    if isinstance(value, tuple):
+        return f"tuple {[_constant(item) for item in value]}"
+    if isinstance(value, frozenset):
+        return f"set {sorted(_constant(item) for item in value)}"
+    if isinstance(value, int):
+        return f"{type(value).__name__} {value:x}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def read_source(path: str) -> Code | None:
+    """What a file of code does; None if it is not Python's, or cannot be compiled."""
+    try:
+        return read_code(compile(Path(path).read_bytes(), "<source>", "exec", dont_inherit=True))
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+@cache
+def is_installed(file: str) -> bool:
+    """Whether a file of code belongs to Python or to an installed package, rather than to the user.
+
+    Code without a file, as a notebook's and what `exec` made, is the user's.
+    """
+    if not file or file.startswith("<frozen"):
+        return True
+    if file.startswith("<"):
+        return False
+    path = Path(file).resolve()
+    return bool({"site-packages", "dist-packages"} & set(path.parts)) or any(
+        path.is_relative_to(root) for root in _library_roots()
+    )
+
+
+@cache
+def _library_roots() -> tuple[Path, ...]:
+    paths = sysconfig.get_paths()
+    roots = {paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    roots |= {*site.getsitepackages(), site.getusersitepackages(), str(Path(__file__).parents[1])}
+    return tuple(Path(root).resolve() for root in roots)
+
+
+def is_users_module(module: ModuleType) -> bool:
+    """Whether a module is the user's; a folder of modules without a file of its own may be."""
+    file = getattr(module, "__file__", None)
+    if isinstance(file, str):
+        return not is_installed(file)
+    if module.__name__ == "__main__":
+        return True
+    folders = list(getattr(module, "__path__", ()))
+    return bool(folders) and not is_installed(str(folders[0]))
+
+
+def distribution_version(name: str) -> str:
+    """The version of an installed distribution; `""` if it is not installed here."""
+    try:
+        return version(name).partition("+")[0]
+    except PackageNotFoundError:
+        return ""
+
+
+@cache
+def package_version(top: str) -> str:
+    """The version of an installed package, by the name that is imported; Python's own for its modules."""
+    if top in sys.stdlib_module_names:
+        return f"{sys.version_info.major}.{sys.version_info.minor}"
+    if found := distribution_version(top):
+        return found
+    spec = _find(top, tuple(sys.path))
+    places = [spec[0], *spec[1]] if spec is not None else []
+    for place in places:
+        folder = Path(place).parent if Path(place).stem != "__init__" else Path(place).parents[1]
+        for record in sorted(folder.glob("*.dist-info/RECORD")):
+            files = record.read_bytes()
+            if any(
+                files.startswith(start) or b"\n" + start in files for start in (f"{top}/".encode(), f"{top}.py".encode())
+            ):
+                return record.parent.name.removesuffix(".dist-info").partition("-")[2]
+    shown = getattr(sys.modules.get(top), "__version__", "")
+    return shown if isinstance(shown, str) else ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What imports find: files of the user's, and the top names of installed packages."""
+
+    files: tuple[str, ...]
+    packages: tuple[str, ...]
+
+
+def find_imports(imports: tuple[Import, ...], folder: str) -> Found:
+    """What imports would load, without loading it.
+
+    Args:
+        imports: The imports.
+        folder: Where the file lies that has them; `""` for code without a file.
+    """
+    files: dict[str, None] = {}
+    packages: dict[str, None] = {}
+    for found in imports:
+        if found.level:
+            base = folder
+            for _ in range(found.level - 1):
+                base = os.path.dirname(base)
+            dotted = found.name.split(".") if found.name else []
+            files |= dict.fromkeys(_files_of(dotted, found.names, [base]))
+            continue
+        top, *rest = found.name.split(".")
+        places = [folder, *sys.path] if folder else list(sys.path)
+        spec = None if top in sys.stdlib_module_names else _find(top, tuple(places))
+        if spec is None or (spec[0] and is_installed(spec[0])) or (not spec[0] and all(map(is_installed, spec[1]))):
+            packages[top] = None
+        else:
+            files |= dict.fromkeys(_files_of([top, *rest], found.names, places))
+    return Found(tuple(files), tuple(packages))
+
+
+@cache
+def _find(name: str, places: tuple[str, ...]) -> tuple[str, tuple[str, ...]] | None:
+    """The file of a module below `places`, and the folders of a package."""
+    try:
+        spec = PathFinder.find_spec(name, list(places))
+    except (ImportError, ValueError, OSError):
+        return None
+    if spec is None:
+        return None
+    return (spec.origin or "" if spec.has_location else ""), tuple(spec.submodule_search_locations or ())
+
+
+def forget_places() -> None:
+    """Look for modules anew: the user may have written some since."""
+    _find.cache_clear()
+    importlib.invalidate_caches()
+
+
+def _files_of(dotted: list[str], names: tuple[str, ...], places: list[str]) -> list[str]:
+    """The files of a dotted module, of the packages that it is in, and of those of `names` that are modules of it."""
+    files: list[str] = []
+    for number, part in enumerate(dotted):
+        found = _find(part, tuple(places))
+        if found is None:
+            return files
+        files += [found[0]] if found[0] else []
+        places = list(found[1])
+        if not places and number + 1 < len(dotted):
+            return files
+    for name in names:
+        if places and (found := _find(name, tuple(places))) is not None and found[0]:
+            files.append(found[0])
+    return files
+
+
+def source_folder(file: str) -> str:
+    """The folder that a file of the user's is seen with: of the whole package that it is in, else its own."""
+    folder = os.path.dirname(file)
+    while os.path.isfile(os.path.join(os.path.dirname(folder), "__init__.py")):
+        folder = os.path.dirname(folder)
+    return folder
+
+
+def source_files(folder: str) -> list[str]:
+    """All files of Python code below a folder."""
+    found: list[str] = []
+    for where, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in NO_SOURCES)
+        found += [os.path.join(where, name) for name in sorted(names) if name.endswith(".py")]
+        if len(found) > MOST_FILES:
+            break
+    return found

@@ -1,0 +1,264 @@
+"""What a function is to a key: its code, what it holds, and what it mentions, in the user's modules and files."""
+
+import hashlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from bt_ray.fingerprint.code import (
+    Code,
+    find_imports,
+    is_installed,
+    is_users_module,
+    package_version,
+    read_code,
+    read_source,
+    source_files,
+    source_folder,
+)
+from bt_ray.fingerprint.graph import ByValue, Mode, Node, Ref
+from bt_ray.fingerprint.secrets import is_secret
+
+OF_A_MODULE = {
+    "__builtins__", "__cached__", "__file__", "__loader__", "__name__", "__package__", "__path__", "__spec__",
+}  # fmt: skip
+"""Names that Python gives each module, which say where it lies."""
+READS_MODULES = {"__dict__", "getattr", "vars"}
+"""Names by which code reads what it does not mention from the modules that it does."""
+READS_DOCUMENTATION = {
+    "Avatar", "Flex", "RLM", "ReAct", "ReActV2", "Tool", "__doc__", "getdoc",
+}  # fmt: skip
+"""Names by which code brings functions' documentation into prompts."""
+WRITES = {
+    "FileHandler", "dump", "mkdir", "save", "savetxt", "to_csv", "to_json", "to_parquet", "to_pickle", "touch", "unlink",
+    "write", "write_bytes", "write_text", "writelines", "writerow", "writerows",
+}  # fmt: skip
+"""Names by which code writes files."""
+READS_SOURCE = {"CodeAct", "Refine", "getsource", "getsourcelines"}
+"""Names by which code brings functions' source into prompts."""
+
+
+@dataclass(frozen=True)
+class SourceFile(ByValue):
+    """A file of the user's: code, which is compiled and not run, or data."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class SourceFolder(ByValue):
+    """All code of the user's below a folder, for what cannot be seen through."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Package(ByValue):
+    """An installed package, by the name that is imported."""
+
+    name: str
+
+
+def package_of(module: str) -> Package:
+    return Package(module.partition(".")[0])
+
+
+def expand_package(package: Package) -> Node:
+    return Node(f"package {package.name} {package_version(package.name)}", name=f"package {package.name}")
+
+
+def expand_function(function: FunctionType, mode: Mode) -> Node:
+    """A function of the user's, or one of an installed package with what it holds: a decorator's holds what it decorates."""
+    code = function.__code__
+    inner = Mode.KEYWORDS if mode is Mode.KEYWORDS else Mode.PLAIN
+    held = [Ref(value, inner) if present else "empty" for value, present in _cells(function)]
+    attributes = pairs({name: Ref(value) for name, value in vars(function).items()})
+    if is_installed(code.co_filename):
+        home = str(function.__globals__.get("__name__", "builtins"))  # its `__module__` is that of what it decorates
+        label = f"function {home}.{code.co_qualname}"
+        return Node(label, [Ref(package_of(home)), attributes, *held])
+    read = read_code(code)
+    module = sys.modules.get(function.__module__ or "")
+    documentation = inspect.cleandoc(function.__doc__) if isinstance(function.__doc__, str) else ""
+    counted = documentation if mode is Mode.TOOL else ""
+    label = f"function {function.__qualname__} {read.digest} {counted}"
+    mentioned, named = mentions(read, function.__globals__, code.co_filename)
+    annotations = function.__annotations__
+    texts = " ".join(text for text in annotations.values() if isinstance(text, str))
+    children = [
+        Ref(function.__defaults__),
+        pairs({name: Ref(value) for name, value in (function.__kwdefaults__ or {}).items()}),
+        pairs({name: Ref(value, Mode.TYPE) for name, value in annotations.items()}),
+        attributes,
+        mentioned_in_text(texts, function.__globals__),
+        *held,
+        *named_files((value for value, _ in _cells(function)), code.co_filename),
+        *mentioned,
+    ]
+    return Node(
+        label,
+        children,
+        name=f"function {function.__qualname__} in {_shown_file(code.co_filename, module)}",
+        documentation=documentation,
+        source=lambda: source_text(function),
+        reads_documentation=bool(read.names & READS_DOCUMENTATION),
+        reads_source=bool(read.names & READS_SOURCE),
+        named=named,
+    )
+
+
+def source_text(written: Any) -> str:
+    """The source of a function or a class as it is written; `""` where there is none."""
+    try:
+        return inspect.getsource(written)
+    except (OSError, TypeError, IndexError, SyntaxError):
+        return ""
+
+
+def _cells(function: FunctionType) -> Iterator[tuple[Any, bool]]:
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents, True
+        except ValueError:
+            yield None, False
+
+
+def mentions(read: Code, variables: Mapping[str, Any], file: str) -> tuple[list[Any], dict[str, Any]]:
+    """What code mentions: values of its module's variables, what it imports while it runs, files; and values by name."""
+    folder = os.path.dirname(file) if os.path.isfile(file) else ""
+    shown = _shown_file(file, None)
+    children: list[Any] = []
+    named: dict[str, Any] = {}
+    values = {}
+    for name, value in _values(read.names, variables, set()):
+        values[name] = Ref(value)
+        if not callable(value) and not isinstance(value, ModuleType):
+            named[f"value {name} in {shown}"] = Ref(value)
+    children.append(pairs(values))
+    children += named_files([*read.files, *(ref.value for ref in values.values())], file)
+    found = find_imports(read.imports, folder)
+    children += [Ref(SourceFile(path)) for path in found.files]
+    children += [Ref(Package(name)) for name in found.packages]
+    if not read.is_seen_through and folder:
+        children.append(Ref(SourceFolder(source_folder(file))))
+    return children, named
+
+
+def _values(names: Iterable[str], variables: Mapping[str, Any], seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """The values that code with these names takes from a module's variables, and from modules of the user's among them."""
+    known = set(names)
+    for name in sorted(known & variables.keys() - OF_A_MODULE):
+        value = variables[name]
+        if not isinstance(value, ModuleType) or not is_users_module(value):
+            if not is_secret(name, value):
+                yield name, value
+            continue
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if known & READS_MODULES:
+            yield name, value
+        for inner, item in _values(known, vars(value), seen):
+            yield f"{name}.{inner}", item
+
+
+def mentioned_in_text(text: str, variables: Mapping[str, Any]) -> Node:
+    """What annotations mention that are written as texts."""
+    names = set(re.findall(r"\w+", text)) & variables.keys()
+    return pairs({name: Ref(variables[name], Mode.TYPE) for name in names if not isinstance(variables[name], ModuleType)})
+
+
+def expand_module(module: ModuleType) -> Node:
+    """A module as a value: of the user's the whole file, of others the package's version."""
+    file = getattr(module, "__file__", None)
+    if not is_users_module(module):
+        return Node(f"module {module.__name__}", [Ref(package_of(module.__name__))])
+    if not isinstance(file, str):
+        folders = sorted(getattr(module, "__path__", ()))
+        return Node("module", [Ref(SourceFolder(str(folder))) for folder in folders] or [module.__name__])
+    return Node("module", [Ref(SourceFolder(os.path.dirname(file)) if hasattr(module, "__path__") else SourceFile(file))])
+
+
+def expand_source_file(source: SourceFile) -> Node:
+    name = os.path.basename(source.path)
+    read = read_source(source.path) if name.endswith(".py") else None
+    if read is None:
+        return Node(f"file {file_digest(source.path)}", name=f"file {name}")
+    folder = os.path.dirname(source.path)
+    found = find_imports(read.imports, folder)
+    children: list[Any] = [Ref(SourceFile(path)) for path in found.files]
+    children += [Ref(Package(package)) for package in found.packages]
+    children += named_files(read.files, source.path)
+    if not read.is_seen_through:
+        children.append(Ref(SourceFolder(source_folder(source.path))))
+    return Node(
+        f"source {read.digest}",
+        children,
+        name=f"file {name}",
+        source=lambda: file_digest(source.path),
+        documentation=file_digest(source.path),
+        reads_documentation=bool(read.names & READS_DOCUMENTATION),
+        reads_source=bool(read.names & READS_SOURCE),
+    )
+
+
+def expand_source_folder(folder: SourceFolder) -> Node:
+    files = source_files(folder.path)
+    return Node("folder", [Node(os.path.relpath(file, folder.path), [Ref(SourceFile(file))]) for file in files])
+
+
+def expand_code(code: CodeType) -> Node:
+    read = read_code(code)
+    return Node(f"code {read.digest}", mentions(read, {}, code.co_filename)[0])
+
+
+def pairs(values: Mapping[str, Any]) -> Node:
+    """Values by name, in whatever order."""
+    return Node("names", [Node(name, [value]) for name, value in values.items()], unordered=True)
+
+
+def file_digest(path: str) -> str:
+    """A hash of a file's content; what it is instead, if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return type(error).__name__
+
+
+def named_files(names: Iterable[Any], code: str) -> list[Ref]:
+    """The files that texts and paths among these name, where code of the file `code` names them.
+
+    Code that writes files may write these: then they are not what it depends on.
+    """
+    found = {
+        path: Ref(SourceFile(path))
+        for name in names
+        if isinstance(name, str | PurePath) and (path := _named_file(str(name), os.path.dirname(code))) is not None
+    }
+    return [] if not found or _writes(code) else list(found.values())
+
+
+def _writes(code: str) -> bool:
+    read = read_source(code)
+    return read is not None and bool(read.names & WRITES)
+
+
+def _named_file(name: str, folder: str) -> str | None:
+    """The file of that name, relative to a folder or to the working directory."""
+    if len(name) > 255 or "\n" in name or "\0" in name or "." not in name:
+        return None
+    for path in (os.path.join(folder, name), name):
+        if os.path.isfile(path) and not is_installed(os.path.abspath(path)):
+            return os.path.abspath(path)
+    return None
+
+
+def _shown_file(file: str, module: ModuleType | None) -> str:
+    return os.path.basename(file) if not file.startswith("<") else getattr(module, "__name__", "the notebook")
