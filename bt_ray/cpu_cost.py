@@ -27,6 +27,8 @@ from bt_ray.weights import Weights, model_name
 
 REST_GFLOPS = 200.0
 """GFLOP/s of the same work if products took no time: attention, copies and norms bound it. Measured: 150 to 300."""
+SERVED = 0.5
+"""The part of a training's speed that vLLM reaches with short prompts and answers. Measured: 0.35 to 0.6."""
 FORWARD, ACTIVATIONS, PARAMETERS = 2, 2, 2
 """Operations for each parameter and token: forwards, and backwards for either kind of gradient."""
 ADAPTER = 0.6
@@ -158,7 +160,7 @@ def estimate_cost(
     trainings = TRAINER_GIB * server.count + model.all * 4 * of_weights * server.count / GIB
     return CpuCost(
         arithmetic,
-        evaluated * request / speed,
+        evaluated * request / (speed * SERVED),
         (operations * tokens * model.body + (FORWARD + ACTIVATIONS) * learnt * answer * model.head) / speed,
         servers + trainings,
         free_gib(),
