@@ -14,9 +14,10 @@ def last_layers(model: PreTrainedModel, count: int) -> Sequence[torch.nn.Module]
 
 def freeze_below(trained: Sequence[torch.nn.Module], model: PreTrainedModel) -> None:
     """Leave the embeddings as they are, and the layers that are not in `trained`."""
-    frozen = [layer for layer in model.get_decoder().layers if layer not in set(trained)]
-    for module in (model.get_input_embeddings(), *frozen):
-        module.requires_grad_(requires_grad=False)
+    kept = set(trained)
+    for module in (model.get_input_embeddings(), *model.get_decoder().layers):
+        if module not in kept:
+            module.requires_grad_(requires_grad=False)
 
 
 def linear_modules(layers: Sequence[torch.nn.Module], model: PreTrainedModel) -> list[str]:
