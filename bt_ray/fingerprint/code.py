@@ -180,14 +180,19 @@ def _library_roots() -> tuple[Path, ...]:
     return tuple(Path(root).resolve() for root in roots)
 
 
+def own_attribute(module: Any, name: str) -> Any:
+    """What a module itself holds under a name, else None. A lazy module would import others when it is asked for more."""
+    return vars(module).get(name) if isinstance(module, ModuleType) else None
+
+
 def is_users_module(module: ModuleType) -> bool:
     """Whether a module is the user's; a folder of modules without a file of its own may be."""
-    file = getattr(module, "__file__", None)
+    file = own_attribute(module, "__file__")
     if isinstance(file, str):
         return not is_installed(file)
     if module.__name__ == "__main__":
         return True
-    folders = list(getattr(module, "__path__", ()))
+    folders = list(own_attribute(module, "__path__") or ())
     return bool(folders) and not is_installed(str(folders[0]))
 
 
@@ -216,7 +221,7 @@ def package_version(top: str) -> str:
                 files.startswith(start) or b"\n" + start in files for start in (f"{top}/".encode(), f"{top}.py".encode())
             ):
                 return record.parent.name.removesuffix(".dist-info").partition("-")[2]
-    shown = getattr(sys.modules.get(top), "__version__", "")
+    shown = own_attribute(sys.modules.get(top), "__version__")
     return shown if isinstance(shown, str) else ""
 
 

@@ -16,6 +16,7 @@ from bt_ray.fingerprint.code import (
     find_imports,
     is_installed,
     is_users_module,
+    own_attribute,
     package_version,
     read_code,
     read_source,
@@ -176,13 +177,14 @@ def mentioned_in_text(text: str, variables: Mapping[str, Any]) -> Node:
 
 def expand_module(module: ModuleType) -> Node:
     """A module as a value: of the user's the whole file, of others the package's version."""
-    file = getattr(module, "__file__", None)
+    file = own_attribute(module, "__file__")
     if not is_users_module(module):
         return Node(f"module {module.__name__}", [Ref(package_of(module.__name__))])
     if not isinstance(file, str):
-        folders = sorted(getattr(module, "__path__", ()))
+        folders = sorted(own_attribute(module, "__path__") or ())
         return Node("module", [Ref(SourceFolder(str(folder))) for folder in folders] or [module.__name__])
-    return Node("module", [Ref(SourceFolder(os.path.dirname(file)) if hasattr(module, "__path__") else SourceFile(file))])
+    is_package = own_attribute(module, "__path__") is not None
+    return Node("module", [Ref(SourceFolder(os.path.dirname(file)) if is_package else SourceFile(file))])
 
 
 def expand_source_file(source: SourceFile) -> Node:

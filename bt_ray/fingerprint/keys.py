@@ -13,7 +13,7 @@ from dspy.teleprompt.bootstrap_finetune import FinetuneTeleprompter
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from bt_ray.config import SweepConfig
-from bt_ray.fingerprint.code import distribution_version, forget_places, is_users_module, package_version
+from bt_ray.fingerprint.code import distribution_version, forget_places, is_users_module, own_attribute, package_version
 from bt_ray.fingerprint.functions import source_text
 from bt_ray.fingerprint.graph import Mode, text_hash
 from bt_ray.fingerprint.types import is_installed_class
@@ -207,7 +207,7 @@ def _places() -> dict[str, str]:
     """What says where the user's modules lie: their folders, and the names that bt_ray gave them by these."""
     modules = [module for module in list(sys.modules.values()) if isinstance(module, ModuleType) and is_users_module(module)]
     names = [module.__name__ for module in modules if module.__name__.startswith("bt_ray_task_")]
-    files = [module.__file__ for module in modules if isinstance(getattr(module, "__file__", None), str)]
+    files = [file for module in modules if isinstance(file := own_attribute(module, "__file__"), str)]
     folders = {os.path.dirname(os.path.abspath(file)) for file in files if file}
     known = sorted((folder for folder in folders if folder.count("/") > 1), key=lambda folder: (-len(folder), folder))
     return {**dict.fromkeys(names, "<task>"), **dict.fromkeys(known, "<folder>")}

@@ -12,7 +12,7 @@ import dspy
 import pydantic
 from pydantic.fields import FieldInfo
 
-from bt_ray.fingerprint.code import is_installed, is_users_module
+from bt_ray.fingerprint.code import is_installed, is_users_module, own_attribute
 from bt_ray.fingerprint.functions import mentioned_in_text, package_of, pairs
 from bt_ray.fingerprint.graph import Mode, Node, Ref
 
@@ -39,7 +39,7 @@ def is_installed_class(kind: type) -> bool:
     """Whether a class is one that Python or an installed package names; what they make on demand has no name there."""
     module = sys.modules.get(kind.__module__)
     if module is None or is_users_module(module):
-        file = getattr(module, "__file__", None)
+        file = own_attribute(module, "__file__")
         return isinstance(file, str) and is_installed(file)
     found: Any = module
     for part in kind.__qualname__.split("."):
@@ -79,7 +79,7 @@ def expand_class(kind: type, mode: Mode) -> Node:
         children = [*children[:1], Node("members", values), pairs(_without(members, kind.__members__)), *children[2:]]
     if issubclass(kind, pydantic.BaseModel):
         children += _model(kind)
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or kind.__module__
+    file = own_attribute(sys.modules.get(kind.__module__), "__file__") or kind.__module__
     shown = file.rpartition("/")[2]
     return Node(f"class {kind.__qualname__} {documentation}", children, name=f"class {kind.__qualname__} in {shown}")
 

@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 
 from bt_ray.fingerprint import functions
 from bt_ray.fingerprint import types as kinds
+from bt_ray.fingerprint.code import own_attribute
 from bt_ray.fingerprint.functions import Package, SourceFile, SourceFolder, pairs
 from bt_ray.fingerprint.graph import Graph, Mode, Node, Reached, Ref, text_hash
 from bt_ray.fingerprint.secrets import is_of_a_client, is_secret
@@ -154,7 +155,7 @@ def _object(value: Any, mode: Mode) -> Node:
             children.append(Ref(base(value), mode))
             break
     if not installed:
-        children += functions.named_files(values.values(), getattr(sys.modules.get(kind.__module__), "__file__", None) or "")
+        children += functions.named_files(values.values(), own_attribute(sys.modules.get(kind.__module__), "__file__") or "")
     named = {}
     if any(kinds.of_a_library(base) for base in kind.__mro__):
         simple = {name: item for name, item in values.items() if isinstance(item, SIMPLE) and not is_secret(name, item)}

