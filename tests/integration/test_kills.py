@@ -140,7 +140,7 @@ def await_commit(sweep: Sweep) -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def cluster(s3: ObjectStore) -> Iterator[Cluster]:
-    started = Cluster(cpus=8, env=s3.environment, forked=True)
+    started = Cluster(cpus=8, env=s3.environment)
     try:
         started.await_ready()
         yield started

@@ -31,7 +31,7 @@ NAMES = (
 
 @pytest.mark.long
 def test_servers_leases_steps_requests_and_tokens_are_exported(settings: dict[str, Any], tmp_path: Path) -> None:
-    cluster = Cluster(env={"RAY_metrics_report_interval_ms": "1000"}, forked=True)
+    cluster = Cluster(env={"RAY_metrics_report_interval_ms": "1000"})
     try:
         cluster.await_ready()
         task = shutil.copy(SUPPORT / "tasks.py", tmp_path / "task.py")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.cluster import FORKED_WORKERS
 from support.processes import MarkedProcesses, wait_for
 from support.sweep_files import toml
 
@@ -19,10 +18,10 @@ SCORES = {"": 20.0, "p": 40.0, "p -> w": 70.0}
 class RunningSweep:
     """`bt-ray sweep` in a process of its own, with a Ray of its own, slow enough to be disturbed.
 
-    Its training goes on until its result is waited for. Its Ray's workers are forked (`forked_workers`), or not.
+    Its training goes on until its result is waited for.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], *, forked: bool = True) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self._hold = folder / "hold"
         self._hold.write_text("0")
         env = {**settings["server"]["env"], "SCRIPTED_DELAY_S": "0.3", "SCRIPTED_TRAIN_HOLD": str(self._hold)}
@@ -33,8 +32,7 @@ class RunningSweep:
         self.folder = folder
         self.processes = MarkedProcesses()
         self.output = folder / "output.txt"
-        start = [FORKED_WORKERS, "run"] if forked else ["-m"]
-        command = [sys.executable, *start, "bt_ray.cli", "sweep", str(folder / "sweep.toml")]
+        command = [sys.executable, "-m", "bt_ray.cli", "sweep", str(folder / "sweep.toml")]
         with self.output.open("w") as output:
             self.driver = subprocess.Popen(command, stdout=output, stderr=output, env=self.processes.environment)
 
@@ -67,7 +65,7 @@ class RunningSweep:
 
 @pytest.fixture
 def running(tmp_path: Path, settings: dict[str, Any]) -> Any:
-    sweep = RunningSweep(tmp_path, settings, forked=False)
+    sweep = RunningSweep(tmp_path, settings)
     yield sweep
     for process in sweep.processes.all():
         process.kill()

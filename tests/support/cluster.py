@@ -17,7 +17,6 @@ import httpx
 from support.processes import MarkedProcesses, wait_for
 
 RAY = str(Path(sys.executable).with_name("ray"))
-FORKED_WORKERS = str(Path(__file__).with_name("forked_workers.py"))
 
 
 HEAD_ID = "f" * 51 + "00000"
@@ -31,12 +30,9 @@ class Cluster:
         cpus: The head's logical cores.
         env: Added to its environment, which all its workers inherit.
         gpu_nodes: How many nodes with a logical GPU there may be, beside the head.
-        forked: Whether the head's workers are forks (`forked_workers`).
     """
 
-    def __init__(
-        self, cpus: int = 4, env: Mapping[str, str] | None = None, gpu_nodes: int = 0, *, forked: bool = False
-    ) -> None:
+    def __init__(self, cpus: int = 4, env: Mapping[str, str] | None = None, gpu_nodes: int = 0) -> None:
         self.processes = MarkedProcesses()
         self.temp_dir = Path("/tmp") / f"bt_ray_{secrets.token_hex(4)}"  # Ray's sockets need a short path
         self.environment = {
@@ -50,8 +46,7 @@ class Cluster:
         self.address = f"127.0.0.1:{port}"
         self.url = f"http://127.0.0.1:{dashboard_port}"
         self._agent_url = f"http://127.0.0.1:{agent_port}"
-        ray = [sys.executable, FORKED_WORKERS, "run", "ray.scripts.scripts"] if forked else [RAY]
-        command = [*ray, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard_port}"]
+        command = [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard_port}"]
         command += [f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
         command += [f"--temp-dir={self.temp_dir}"]
         command += [f"--dashboard-agent-listen-port={agent_port}"]  # the default is taken where another Ray runs
