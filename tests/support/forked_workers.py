@@ -2,7 +2,6 @@
 
     python forked_workers.py serve 3       forks a worker for each connection to the socket that is file descriptor 3
     python forked_workers.py WORKER.py ARGUMENTS...     what Ray starts for a worker: asks for a fork, and ends when it ends
-    python forked_workers.py run MODULE ARGUMENTS...    a module that starts a Ray, whose workers are forked
 
 A worker is what Ray wants it to be: its arguments, environment, folder, process group and standard streams are those of the
 process that Ray started. What it does not show is whether it could import all it needs by itself; sweeps of a Ray of their
@@ -20,7 +19,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,17 +154,8 @@ def ask(arguments: list[str]) -> None:
         connection.recv(1)
 
 
-def run(module: str, *arguments: str) -> None:
-    with tempfile.TemporaryDirectory(prefix="bt_ray_") as folder, forked_workers(Path(folder)):
-        sys.argv = [module, *arguments]
-        del sys.path[0]  # where this file is
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve(socket.socket(fileno=int(sys.argv[2])))
-    elif sys.argv[1] == "run":
-        run(*sys.argv[2:])
     else:
         ask(sys.argv[1:])
