@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from types import ModuleType
 from typing import Any
 
 import dspy
@@ -13,7 +12,7 @@ from dspy.teleprompt.bootstrap_finetune import FinetuneTeleprompter
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from bt_ray.config import SweepConfig
-from bt_ray.fingerprint.code import distribution_version, forget_places, is_users_module, own_attribute, package_version
+from bt_ray.fingerprint.code import distribution_version, forget_places, is_installed, own_attribute, package_version
 from bt_ray.fingerprint.functions import source_text
 from bt_ray.fingerprint.graph import Mode, text_hash
 from bt_ray.fingerprint.types import is_installed_class
@@ -83,7 +82,7 @@ def step_keys(
         context: What each step's optimizers are built with.
     """
     forget_places()
-    values = Values(_places())
+    values = Values(_places(config.task))
     keys = {BASELINE: _key(BASELINE, None, _baseline_parts(values, task, config, base), trains=False)}
     reached = {BASELINE: keys[BASELINE].reached}
     for prefix in prefixes:
@@ -203,11 +202,13 @@ def _sources(program: dspy.Module) -> list[str]:
     return list(dict.fromkeys(sources))
 
 
-def _places() -> dict[str, str]:
-    """What says where the user's modules lie: their folders, and the names that bt_ray gave them by these."""
-    modules = [module for module in list(sys.modules.values()) if isinstance(module, ModuleType) and is_users_module(module)]
-    names = [module.__name__ for module in modules if module.__name__.startswith("bt_ray_task_")]
-    files = [file for module in modules if isinstance(file := own_attribute(module, "__file__"), str)]
-    folders = {os.path.dirname(os.path.abspath(file)) for file in files if file}
-    known = sorted((folder for folder in folders if folder.count("/") > 1), key=lambda folder: (-len(folder), folder))
-    return {**dict.fromkeys(names, "<task>"), **dict.fromkeys(known, "<folder>")}
+def _places(task: str) -> dict[str, str]:
+    """What says where a task lies, by its spec: its folder, and the names that bt_ray gave modules by theirs.
+
+    Not the folders of what else a process has imported: a key must not depend on that.
+    """
+    where = task.rpartition(":")[0]
+    file = where if where.endswith(".py") else own_attribute(sys.modules.get(where), "__file__")
+    folder = os.path.dirname(os.path.abspath(file)) if isinstance(file, str) and not is_installed(file) else ""
+    names = [name for name in list(sys.modules) if name.startswith("bt_ray_task_")]
+    return {**dict.fromkeys(names, "<task>"), **({folder: "<folder>"} if folder.count("/") > 1 else {})}
