@@ -124,7 +124,7 @@ def test_in_float32_a_fine_tune_that_changes_little_is_swapped_in_verified(tiny_
         learnt = slot.train(base, conversations, learn, seed=0)
         assert text(ask(slot.serve(learnt), learnt.id)) == ANSWER != before
         assert slot.change.how == "swap", slot.change
-        nudged = slot.train(learnt, [{"messages": [*QUESTION, {"role": "assistant", "content": before}]}] * 8, nudge, seed=0)
+        nudged = slot.train(learnt, conversations, nudge, seed=0)
         slot.serve(nudged)
         assert slot.change.how == "swap", slot.change
         kept = [json.loads((tmp_path / weights.path / "bt_ray_weights.json").read_text()) for weights in (learnt, nudged)]
