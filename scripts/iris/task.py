@@ -57,8 +57,8 @@ def build() -> bt_ray.Task:
             "p": BootstrapFewShotWithRandomSearch(
                 metric=exact_match,
                 max_bootstrapped_demos=1,
-                max_labeled_demos=1,
-                num_candidate_programs=0,  # no demo, a labelled one, and a bootstrapped one
+                max_labeled_demos=2,
+                num_candidate_programs=0,  # no demos, labelled ones, and a bootstrapped one
                 max_errors=1000,
             ),
             "w": BootstrapFinetune(metric=exact_match),
