@@ -49,9 +49,12 @@ class RunningSweep:
         (process,) = wait_for(f"one process of {names}", lambda: self.processes.named(*names))
         process.kill()
 
+    def let_training_end(self) -> None:
+        self._hold.unlink(missing_ok=True)
+
     def await_result(self) -> dict[str, float]:
         """The score of each step, when the sweep has ended by itself."""
-        self._hold.unlink()
+        self.let_training_end()
         assert self.driver.wait() == 0, self.output.read_text()
         result = self.run_dir.read_json("result.json")
         assert [trial["error"] for trial in result["trials"]] == [None]
@@ -87,6 +90,7 @@ def test_the_drivers_end_is_the_end_of_all(running: RunningSweep, phase: str, ho
 
 
 def test_a_killed_test_of_the_winner_is_run_again(running: RunningSweep) -> None:
+    running.let_training_end()
     running.kill("ray::TestEvaluation.score")
     assert running.await_result() == SCORES
     running.assert_nothing_is_left()
