@@ -8,6 +8,9 @@
 SIDE_BY_SIDE = -n 2
 SLOWEST = --durations=15
 
+# Images for containers often set it. Here each process would then compile anew what it imports, since set-up compiles nothing.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-long lint clean
 
 demo:
