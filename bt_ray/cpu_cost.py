@@ -28,7 +28,7 @@ from bt_ray.weights import Weights, model_name
 REST_GFLOPS = 200.0
 """GFLOP/s of the same work if products took no time: attention, copies and norms bound it. Measured: 150 to 300."""
 SERVED = 0.5
-"""The part of a training's speed that vLLM reaches with short prompts and answers. Measured: 0.35 to 0.6."""
+"""The part of a training's speed that vLLM reaches with short prompts and answers. Measured in the demo: 0.34 to 0.52."""
 FORWARD, ACTIVATIONS, PARAMETERS = 2, 2, 2
 """Operations for each parameter and token: forwards, and backwards for either kind of gradient."""
 ADAPTER = 0.6
