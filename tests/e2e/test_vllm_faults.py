@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 from conftest import SUPPORT
-from support.processes import MarkedProcesses, wait_for
+from support.processes import MarkedProcesses, kill_all, wait_for
 from support.sweep_files import toml
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
@@ -75,9 +75,7 @@ class Sweep:
         """Kill the processes of this name while requests are under way, and wait for the end of what they leave."""
         self.await_requests()
         models = self.processes.models()
-        for process in self.processes.named(name):
-            if "keeper.py" not in " ".join(process.cmdline()):
-                process.kill()
+        kill_all([p for p in self.processes.named(name) if "keeper.py" not in " ".join(p.cmdline())])
         wait_for(f"the end of what {name} leaves", lambda: not any(p.is_running() for p in models))
 
     def result(self) -> dict[str, float]:
@@ -95,8 +93,7 @@ class Sweep:
 def sweep(tmp_path: Path) -> Iterator[Sweep]:
     started = Sweep(tmp_path)
     yield started
-    for process in started.processes.all():
-        process.kill()
+    kill_all(started.processes.all())
     started.driver.wait()
 
 

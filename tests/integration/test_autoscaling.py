@@ -21,7 +21,7 @@ import pytest
 from conftest import SCRIPTED_SCORES, SUPPORT
 from support.cluster import HEAD_ID, RAY, Cluster
 from support.object_store import ObjectStore
-from support.processes import wait_for
+from support.processes import kill_all, wait_for
 from support.scripted_model import write_model
 from support.sweep_files import toml
 
@@ -226,8 +226,7 @@ def test_a_new_cluster_goes_on_where_the_head_was_lost(sweep_toml: Path, s3: Obj
     with running(s3) as cluster:
         submitted(cluster, sweep_toml, run_dir)
         wait_for("a training", lambda: cluster.processes.running("scripted_trainer.py"))
-        for process in cluster.processes.all():
-            process.kill()
+        kill_all(cluster.processes.all())
     with running(s3) as cluster:
         logs = ended(cluster, submitted(cluster, sweep_toml, run_dir))
     assert "steps are finished already" in logs

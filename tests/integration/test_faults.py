@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support.processes import wait_for
+from support.processes import kill_all, wait_for
 from support.scripted_model import write_model
 from support.sweep_files import toml
 from test_full_disk import IN_A_NAMESPACE
@@ -44,14 +44,12 @@ class Faults(RunningSweep):
 def sweep(tmp_path: Path, settings: dict[str, Any]) -> Any:
     made = Faults(tmp_path, settings)
     yield made
-    for process in made.processes.all():
-        process.kill()
+    kill_all(made.processes.all())
     made.driver.wait()
 
 
 def api_server_killed(sweep: Faults) -> str:
-    for process in sweep.processes.running("scripted_server.py"):
-        process.kill()
+    kill_all(sweep.processes.running("scripted_server.py"))
     return "ended with status -9"
 
 

@@ -18,7 +18,7 @@ from conftest import SUPPORT
 from support import tasks
 from support.cluster import Cluster
 from support.object_store import ObjectStore
-from support.processes import wait_for
+from support.processes import kill_all, wait_for
 from support.reference import reference_run
 from support.scripted_model import write_model
 from support.slot_models import SlotModels
@@ -228,8 +228,7 @@ def test_killed_trials_cost_no_committed_step(sweep: Sweep, undisturbed: Seen, s
         stopped = await_moment(sweep, phase, commits, chance)
         committed, computed = sweep.committed(), sweep.computed()
         trials = sweep.processes(*TRIALS)
-        for process in trials if phase == "commit" else chance.sample(trials, min(2, len(trials))):
-            process.kill()
+        kill_all(trials if phase == "commit" else chance.sample(trials, min(2, len(trials))))
         for process in stopped:
             process.resume()
         sweep.await_commits(len(committed) + 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.processes import MarkedProcesses, wait_for
+from support.processes import MarkedProcesses, kill_all, wait_for
 from support.sweep_files import toml
 
 from bt_ray.storage import open_storage
@@ -70,8 +70,7 @@ class RunningSweep:
 def running(tmp_path: Path, settings: dict[str, Any]) -> Any:
     sweep = RunningSweep(tmp_path, settings)
     yield sweep
-    for process in sweep.processes.all():
-        process.kill()
+    kill_all(sweep.processes.all())
     sweep.driver.wait()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from support.processes import MarkedProcesses, wait_for
+from support.processes import MarkedProcesses, kill_all, wait_for
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -77,8 +77,7 @@ class Cluster:
         self.head.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):  # a test that failed may have left it something to wait for
             self.head.wait(30)
-        for process in self.processes.all():
-            process.kill()
+        kill_all(self.processes.all())
         shutil.rmtree(self.temp_dir, ignore_errors=True)
 
 

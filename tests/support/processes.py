@@ -1,9 +1,10 @@
 """Find and watch the processes that a test started, however indirectly: they all carry the test's mark."""
 
+import contextlib
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -58,6 +59,13 @@ class MarkedProcesses:
     def models(self) -> list[psutil.Process]:
         """Servers, trainings and their keepers."""
         return self.named(*MODEL_PROCESSES)
+
+
+def kill_all(processes: Iterable[psutil.Process]) -> None:
+    """SIGKILL each that still runs: the end of one may be the end of others before it is their turn."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 LIMIT_S = 300
