@@ -13,20 +13,20 @@ import dspy
 
 from bt_ray.config import SweepConfig, make_config
 from bt_ray.errors import BtRayError, ConfigError, TaskError
-from bt_ray.hosting import Models
 from bt_ray.kept_steps import installed_versions, load_state
+from bt_ray.layout import BEST, BEST_MANIFEST, BEST_PROGRAM, WEIGHTS
 from bt_ray.lm import ServedEngine
 from bt_ray.local_models import LocalModels
+from bt_ray.location import parent_and_name
+from bt_ray.models import Models
 from bt_ray.node_disk import Scratch
 from bt_ray.remote_models import RemoteModels
 from bt_ray.results import Candidate
 from bt_ray.served_models import ServedModels, assign_versions, serving
-from bt_ray.storage import Storage, open_storage, parent_and_name
+from bt_ray.storage import Storage, open_storage
 from bt_ray.store import StepStore
 from bt_ray.task import TaskFunction, load_task
-from bt_ray.weights import WEIGHTS, Weights
-
-BEST, PROGRAM, MANIFEST = "best", "program.json", "manifest.json"
+from bt_ray.weights import Weights
 
 
 def keep_best(best: Candidate, storage: Storage, bases: Mapping[str, Weights], config: SweepConfig, task: str) -> None:
@@ -48,9 +48,9 @@ def keep_best(best: Candidate, storage: Storage, bases: Mapping[str, Weights], c
     with Scratch("best") as scratch:
         folder = scratch.folder / BEST
         folder.mkdir()
-        (folder / PROGRAM).write_bytes(StepStore(storage).read_program(best.program))
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        storage.upload(folder, BEST, last=MANIFEST)
+        (folder / BEST_PROGRAM).write_bytes(StepStore(storage).read_program(best.program))
+        (folder / BEST_MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        storage.upload(folder, BEST, last=BEST_MANIFEST)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Kept:
     @property
     def program(self) -> bytes:
         """DSPy's JSON state of it."""
-        return StepStore(self.storage).read_program(f"{self.name}/{PROGRAM}")
+        return StepStore(self.storage).read_program(f"{self.name}/{BEST_PROGRAM}")
 
 
 def find_best(folder: str | Path) -> Kept:
@@ -88,14 +88,14 @@ def find_best(folder: str | Path) -> Kept:
     """
     location = str(folder) if "://" in str(folder) else str(Path(folder).expanduser().resolve())
     storage, name = open_storage(location), BEST
-    manifest = storage.read_json(f"{name}/{MANIFEST}")
+    manifest = storage.read_json(f"{name}/{BEST_MANIFEST}")
     if manifest is None:
         run_dir, name = parent_and_name(location)
         storage = open_storage(run_dir)
-        manifest = storage.read_json(f"{name}/{MANIFEST}")
+        manifest = storage.read_json(f"{name}/{BEST_MANIFEST}")
     if manifest is None:
         raise ConfigError(f"{folder} is neither a run directory with a best program nor its `best` folder.")
-    config = make_config(manifest["config"], source=f"{folder}/{MANIFEST}")
+    config = make_config(manifest["config"], source=f"{folder}/{BEST_MANIFEST}")
     weights = {weights_id: _found(storage, weights_id, path) for weights_id, path in manifest["weights"].items()}
     return Kept(storage, name, manifest, config, weights)
 

@@ -309,7 +309,7 @@ def serve(
     """
     with _told_errors(), contextlib.ExitStack() as opened:
         from bt_ray.best import find_best
-        from bt_ray.preflight import inside_job
+        from bt_ray.cluster import inside_job
         from bt_ray.served_best import MakeSlot, here, served_best
 
         kept = find_best(run_dir)
@@ -480,7 +480,7 @@ def _existing(run_dir: str) -> "Storage":
 
 
 def _load(file: Path, strategy: list[str] | None, run_dir: str | None, assignments: list[str] | None) -> SweepConfig:
-    from bt_ray.preflight import inside_job
+    from bt_ray.cluster import inside_job
 
     overrides = {"strategies": strategy or None, "run_dir": run_dir}
     return load_config(file, overrides, assignments or (), refuse_relative=inside_job())
@@ -488,7 +488,7 @@ def _load(file: Path, strategy: list[str] | None, run_dir: str | None, assignmen
 
 def _resource_warnings(config: SweepConfig, address: str | None, slots: Collection[str]) -> list[str]:
     """What the cluster at `address` lacks (raises), or, without one, what this machine lacks."""
-    from bt_ray.preflight import check_resources
+    from bt_ray.resources import check_resources
 
     if address is None:
         here = {"CPU": float(os.cpu_count() or 1)}

@@ -13,7 +13,7 @@ from bt_ray.config import SweepConfig
 from bt_ray.errors import ResourcesError, amount
 from bt_ray.event_log import EventLog
 from bt_ray.events import Connected, Event, ServerChanged, ServerDid, ServerReplaced, Stage
-from bt_ray.preflight import check_resources, inside_job
+from bt_ray.resources import check_resources
 from bt_ray.storage import Storage
 from bt_ray.weights import Weights
 
@@ -30,6 +30,11 @@ DRIVER_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+
+
+def inside_job() -> bool:
+    """Whether this is the driver of a Ray job, whose working directory is a copy that goes away."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 @contextmanager

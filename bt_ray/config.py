@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
 from bt_ray.errors import ConfigError, amount, nearest
-from bt_ray.storage import check_location
+from bt_ray.location import check_location
 from bt_ray.weights import model_name
 
 

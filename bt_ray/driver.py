@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bt_ray.best import keep_best
-from bt_ray.cluster import Listener, cause_of, connected, opened_pool, step_claims, watched
+from bt_ray.cluster import Listener, cause_of, connected, inside_job, opened_pool, step_claims, watched
 from bt_ray.config import StrategySearch, SweepConfig, make_config
 from bt_ray.cpu_cost import describe_here
 from bt_ray.errors import ConfigError, InfrastructureError, TaskError
 from bt_ray.events import Event, Stage, StepFinished, TrialEnded, TrialWaits
 from bt_ray.fingerprint import digest
 from bt_ray.kept_examples import examples_file, keep_examples
+from bt_ray.layout import RESULT, TRIALS
 from bt_ray.mlflow_runs import mlflow_runs
-from bt_ray.preflight import CheckedSweep, check_sweep, inside_job
+from bt_ray.preflight import CheckedSweep, check_sweep
 from bt_ray.results import Candidate, StepFailure, SweepResult, TrialResult, best_so_far
-from bt_ray.run_directory import RESULT, prepare_run_directory
+from bt_ray.run_directory import prepare_run_directory
 from bt_ray.run_lock import held
 from bt_ray.search_walk import SearchWalk
 from bt_ray.state import StatusFile
@@ -243,9 +244,9 @@ class _Sweep:
 
     def failure(self, trial: Trial, error: Exception | None) -> StepFailure:
         """Why a trial did not get to its end: what it recorded itself, or how it was lost."""
-        from bt_ray.trial import FAILURE_FILE
+        from bt_ray.layout import TRIAL_FAILURE
 
-        recorded = self.store.storage.read_json(f"trials/{trial.folder}/{FAILURE_FILE}")
+        recorded = self.store.storage.read_json(f"{TRIALS}/{trial.folder}/{TRIAL_FAILURE}")
         if recorded is not None:
             return StepFailure(**recorded)
         error = error or InfrastructureError("The trial was lost before its end.")

@@ -23,6 +23,7 @@ from dspy.utils.exceptions import (
 )
 
 from bt_ray.errors import BtRayError, InfrastructureError, InfrastructureFailure
+from bt_ray.models import OTHER_WEIGHTS, REFUSED
 
 
 class Side(Enum):
@@ -48,10 +49,6 @@ LOST_ANSWER = (
 LOST_MACHINE = (builtins.ConnectionError, builtins.TimeoutError, MemoryError)
 FAILING_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS, errno.ENODEV, errno.ENXIO)
 OF_THE_MODEL = (AdapterParseError, ContextWindowExceededError, dspy.lm15.ContextLengthError)
-OTHER_WEIGHTS = 409
-"""The guard's answer to a request for weights that its server does not serve."""
-REFUSED = "refused"
-"""The code in the guard's answers, which tells them from those of the server behind it."""
 
 
 def side_of(error: BaseException) -> Side:

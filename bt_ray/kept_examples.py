@@ -4,17 +4,19 @@ Baselines that are evaluated on the same examples share a file below `examples/`
 says of the data. It is no part of any key: without it, a report has the numbers of the examples alone.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import dspy
-
-from bt_ray.fingerprint import StepKey, digest
+from bt_ray.layout import EXAMPLES
+from bt_ray.step import StepKey
 from bt_ray.storage import Storage
 
-EXAMPLES = "examples"
+if TYPE_CHECKING:
+    import dspy
+
 MOST_EXAMPLES, MOST_FIELDS, MOST_CHARACTERS = 500, 20, 300
 """How much is kept: of a valset, of an example's inputs and of its labels, and of a field's text."""
 
@@ -29,10 +31,15 @@ class KeptExample:
 
 def examples_file(baseline: StepKey) -> str:
     """Where the examples are kept on which a baseline, and each step from there, is evaluated."""
-    return f"{EXAMPLES}/{digest([baseline.parts.get(name) for name in ('trainset', 'valset', 'evaluation')])}.json"
+    return f"{EXAMPLES}/{_digest_of_examples(baseline)}.json"
 
 
-def keep_examples(storage: Storage, file: str, valset: Sequence[dspy.Example]) -> None:
+def _digest_of_examples(baseline: StepKey) -> str:
+    parts = [baseline.parts.get(name, "") for name in ("trainset", "valset", "evaluation")]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+
+def keep_examples(storage: Storage, file: str, valset: "Sequence[dspy.Example]") -> None:
     """Keep the first examples of a valset, as far as a page can show them."""
     storage.write_json(file, [asdict(_kept(example)) for example in valset[:MOST_EXAMPLES]])
 
@@ -45,7 +52,7 @@ def read_examples(storage: Storage, file: str) -> tuple[KeptExample, ...]:
         return ()
 
 
-def _kept(example: dspy.Example) -> KeptExample:
+def _kept(example: "dspy.Example") -> KeptExample:
     fields = example.items()
     inputs = ((name, value) for name, value in fields if name in example._input_keys)
     labels = ((name, value) for name, value in fields if name not in example._input_keys)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from bt_ray.errors import ServerError, StorageError
+from bt_ray.layout import CANARIES
 from bt_ray.serving.canary import FIXED_SEQUENCES, TOLERANCE, Canary, changed, difference
 from bt_ray.serving.server import ServerProcess
 from bt_ray.storage import Storage
 from bt_ray.weights import MANIFEST, Weights
 
-ANSWERS = "canaries"
 logger = logging.getLogger(__name__)
 
 
@@ -60,7 +60,7 @@ class KnownAnswers:
 
     def expected(self, weights: Weights, dtype: str | None) -> Expected:
         """How loadable weights should answer, in an engine that computes in `dtype`; None: it chooses by itself."""
-        kept = {**(self._storage.read_json(f"{ANSWERS}/{weights.id}.json") or {}), **self._seen.get(weights.id, {})}
+        kept = {**(self._storage.read_json(f"{CANARIES}/{weights.id}.json") or {}), **self._seen.get(weights.id, {})}
         trainer = self._trainer(weights)
         sequences = trainer.sequences if trainer is not None else FIXED_SEQUENCES
         tolerance = trainer.tolerance(dtype) if trainer is not None else TOLERANCE
@@ -105,7 +105,7 @@ class KnownAnswers:
         self._seen.setdefault(expected.weights_id, {})[platform] = answered
         if not self._keeps:
             return
-        name = f"{ANSWERS}/{expected.weights_id}.json"
+        name = f"{CANARIES}/{expected.weights_id}.json"
         try:
             self._storage.write_json(name, {**(self._storage.read_json(name) or {}), platform: answered})
         except StorageError as error:  # this slot knows it all the same

@@ -21,8 +21,7 @@ from bt_ray.config import LMConfig
 from bt_ray.errors import InfrastructureError, ServerError, TaskError
 from bt_ray.failure_latch import FailureLatch
 from bt_ray.failures import is_lost_answer, is_refusal
-from bt_ray.hosting import Models
-from bt_ray.serving.server import Endpoint
+from bt_ray.models import Endpoint, Models
 from bt_ray.weights import Weights
 
 MODEL_PREFIX = "openai/"

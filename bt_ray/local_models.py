@@ -10,8 +10,7 @@ from typing import Any
 
 from bt_ray.config import ServerConfig
 from bt_ray.errors import TaskError
-from bt_ray.hosting import Conversation
-from bt_ray.serving.server import Endpoint
+from bt_ray.models import Conversation, Endpoint
 from bt_ray.slot import Slot
 from bt_ray.storage import Storage
 from bt_ray.weights import Weights

@@ -1,6 +1,7 @@
 """A sweep in MLflow: a run for the sweep, and below it one for each of its trials, with a metric's value for each step."""
 
 import contextlib
+import hashlib
 import logging
 import os
 import queue
@@ -17,10 +18,9 @@ from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
 from bt_ray.config import SweepConfig
 from bt_ray.errors import ConfigError
 from bt_ray.events import Event, Stage, StepFinished, TrialEnded, TrialStarted
-from bt_ray.fingerprint import digest
-from bt_ray.results import SweepResult, TrialResult, best_so_far, variant_name
+from bt_ray.results import SweepResult, TrialResult, best_so_far
 from bt_ray.storage import Storage
-from bt_ray.strategy import length, step_label
+from bt_ray.strategy import length, step_label, variant_name
 
 logger = logging.getLogger(__name__)
 SWEEP_TAG, TRIAL_TAG = "bt_ray.sweep", "bt_ray.trial"
@@ -54,7 +54,7 @@ class MlflowRuns:
 
     def __init__(self, config: SweepConfig, storage: Storage, tell: Callable[[Event], None]) -> None:
         self._config, self._storage, self._tell = config, storage, tell
-        self._tags = {SWEEP_TAG: digest(storage.location), "bt_ray.run_dir": storage.location}
+        self._tags = {SWEEP_TAG: _sweep_tag(storage.location), "bt_ray.run_dir": storage.location}
         self._todo: queue.Queue[Event | SweepResult | None] = queue.Queue()
         self._worker = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._warned = False
@@ -264,6 +264,10 @@ def _client(config: SweepConfig) -> Any:
     return MlflowClient(config.tracking.mlflow)
 
 
+def _sweep_tag(run_dir: str) -> str:
+    return hashlib.sha256(run_dir.encode()).hexdigest()[:16]
+
+
 def _experiment(client: Any, config: SweepConfig) -> str:
     """The id of the experiment, which is made if there is none."""
     name = config.tracking.experiment or _name(config)
@@ -274,7 +278,7 @@ def _experiment(client: Any, config: SweepConfig) -> str:
 
 def _runs(client: Any, experiment: str, run_dir: str) -> dict[str, str]:
     """The runs of a sweep by their trials' names; its own by `""`."""
-    query = f"tags.`{SWEEP_TAG}` = '{digest(run_dir)}'"
+    query = f"tags.`{SWEEP_TAG}` = '{_sweep_tag(run_dir)}'"
     return {run.data.tags[TRIAL_TAG]: run.info.run_id for run in client.search_runs([experiment], query, max_results=10_000)}
 
 

@@ -15,9 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from bt_ray.errors import StorageError
+from bt_ray.layout import WEIGHTS
 from bt_ray.node_disk import CACHE_VARIABLE, node_cache
 from bt_ray.storage import PART, Storage, remove_parts
-from bt_ray.weights import MANIFEST, WEIGHTS, Weights, file_digests
+from bt_ray.weights import MANIFEST, Weights, file_digests
 
 RESERVE = 0.05
 """Share of the disk that copies leave free."""

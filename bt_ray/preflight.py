@@ -2,10 +2,9 @@
 
 import contextlib
 import io
-import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,15 +14,15 @@ from dspy.teleprompt.bootstrap_finetune import FinetuneTeleprompter
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from bt_ray.config import EveryStrategy, ServerConfig, StrategySearch, SweepConfig
-from bt_ray.errors import BtRayError, ConfigError, InfrastructureFailure, ResourcesError, TaskError, amount
+from bt_ray.errors import BtRayError, ConfigError, InfrastructureFailure, TaskError
 from bt_ray.failure_latch import FailureLatch
-from bt_ray.fingerprint import StepKey, step_keys
-from bt_ray.hosting import NoModels
+from bt_ray.fingerprint import step_keys
 from bt_ray.lm import ServedEngine, student_lm
-from bt_ray.resources import has_its_type, too_large
+from bt_ray.models import NoModels
 from bt_ray.run_directory import check_run_directory
 from bt_ray.served_models import ServedModels, serving, weights_of
 from bt_ray.space import Variant, variants
+from bt_ray.step import StepKey
 from bt_ray.strategy import BASELINE, all_prefixes, check_distinct, every, parse, step_label
 from bt_ray.task import StepContext, Task, TaskFunction, check_optimizers, load_task, step_seed
 from bt_ray.training.job import check_trainable
@@ -223,71 +222,3 @@ def _check_validation(task: Task, config: SweepConfig, strategies: int) -> tuple
     if held_out == train:
         raise ConfigError(f"valset_ratio = {config.valset_ratio} leaves no training example.")
     return train - held_out, held_out, test
-
-
-def check_resources(config: SweepConfig, nodes: Sequence[Mapping[str, float]], slots: Iterable[str] = ("",)) -> list[str]:
-    """Check that a cluster can ever hold the sweep's servers and one trial.
-
-    Args:
-        config: The sweep's settings.
-        nodes: The total resources of each node (`"CPU"`, `"GPU"`).
-        slots: Whose slots the sweep uses, as `Checked.models_at_once` names them.
-
-    Returns:
-        Warnings: what is missing now, where `autoscaling` says that the cluster adds nodes.
-
-    Raises:
-        ResourcesError: A fixed cluster can never give it; the message names what is missing.
-    """
-    missing = _missing(config, nodes, {name: config.server.of(name) for name in slots})
-    if missing is None:
-        return []
-    if config.autoscaling:
-        return [f"{missing} The sweep waits for the cluster to grow."]
-    raise ResourcesError(f"{missing} (If the cluster adds nodes by itself: autoscaling = true.)")
-
-
-def _missing(config: SweepConfig, nodes: Sequence[Mapping[str, float]], servers: Mapping[str, ServerConfig]) -> str | None:
-    for server in servers.values():
-        if (missing := too_large(server, nodes)) is not None:
-            return missing
-    free = [{**node, "CPU": node.get("CPU", 0), "GPU": node.get("GPU", 0)} for node in nodes]
-    for slots, server in sorted(servers.items(), key=lambda item: (-item[1].gpus, item[1].accelerator_type is None)):
-        placed = _place(server, free)
-        if placed < server.count:
-            table = next(
-                (f'server.models."{model}"' for model in config.server.models if model_name(model) == slots), "server"
-            )
-            fewer = f"Set {table}.count to {placed}, or make" if placed else "Make"
-            return (
-                f"The sweep asks for {amount(server.count, 'server')} of {server.needs} each; the cluster has room for "
-                f"{placed}. {fewer} the servers smaller."
-            )
-    trial = config.trial
-    if sum(int(node["CPU"] / trial.cpus + 1e-9) for node in free) < trial.processes:
-        total = sum(node.get("CPU", 0) for node in nodes)
-        of_a_trial = "a trial" if trial.processes == 1 else f"each of a trial's {trial.processes} processes"
-        asked = " and ".join(f"{amount(server.count, 'server')} of {server.needs} each" for server in servers.values())
-        return (
-            f"{asked} leave no {trial.cpus:g} CPU for {of_a_trial}: the cluster has {amount(total, 'CPU')}. Set "
-            "server.cpus a little lower (server.threads stays what it is), or trial.cpus"
-            f"{' or trial.processes' * (trial.processes > 1)}."
-        )
-    return None
-
-
-def _place(server: ServerConfig, free: Sequence[dict[str, float]]) -> int:
-    """Take room for a kind of servers from what is free, of each node that has it the smallest; returns for how many."""
-    for placed in range(server.count):
-        fits = [n for n in free if n["CPU"] >= server.cpus - 1e-9 and n["GPU"] >= server.gpus - 1e-9]
-        node = min((n for n in fits if has_its_type(server, n)), key=lambda n: (n["GPU"], n["CPU"]), default=None)
-        if node is None:
-            return placed
-        node["CPU"] -= server.cpus
-        node["GPU"] -= server.gpus
-    return server.count
-
-
-def inside_job() -> bool:
-    """Whether this is the driver of a Ray job, whose working directory is a copy that goes away."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ

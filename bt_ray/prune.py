@@ -2,13 +2,10 @@
 
 from dataclasses import dataclass, replace
 
-from bt_ray.best import BEST, MANIFEST
 from bt_ray.errors import ConfigError
+from bt_ray.layout import BEST, BEST_MANIFEST, CHECKPOINTS, TRAININGS, WEIGHTS
 from bt_ray.run_directory import read_steps
 from bt_ray.storage import Storage
-from bt_ray.training.job import CHECKPOINTS
-from bt_ray.trainings import TRAININGS
-from bt_ray.weights import WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ def find_prunable(storage: Storage, *, only_best: bool = False) -> Prunable:
         ConfigError: No sweep was run there, or, with `only_best`, it has no best program yet.
     """
     keys, finished = read_steps(storage)
-    best = storage.read_json(f"{BEST}/{MANIFEST}")
+    best = storage.read_json(f"{BEST}/{BEST_MANIFEST}")
     if only_best and best is None:
         raise ConfigError(f"--only-best: {storage.location} has no best program yet, so nothing is removed.")
     needed = set(best["predictors"].values()) if best is not None else set()

@@ -7,8 +7,7 @@ from typing import Any
 import httpx
 
 from bt_ray.errors import ServerError, TaskError
-from bt_ray.hosting import Conversation
-from bt_ray.serving.server import Endpoint
+from bt_ray.models import Conversation, Endpoint
 from bt_ray.weights import Weights
 
 ASK_S = 30.0

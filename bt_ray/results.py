@@ -1,6 +1,5 @@
 """What a sweep found: frozen candidates, trials and the ranked whole, as JSON in `result.json`."""
 
-import json
 import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -9,15 +8,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from bt_ray.errors import StepFailed, StorageError
-from bt_ray.storage import open_storage, parent_and_name
+from bt_ray.location import parent_and_name
+from bt_ray.storage import open_storage
 from bt_ray.strategy import length
 
 SCHEMA_VERSION = 1
-
-
-def variant_name(values: Mapping[str, Any]) -> str:
-    """Names a variant of a sweep's settings by what it has of the space; `""` for nothing."""
-    return ", ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items())
 
 
 @dataclass(frozen=True)

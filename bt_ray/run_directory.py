@@ -6,13 +6,12 @@ from typing import Any
 
 from bt_ray.config import SweepConfig
 from bt_ray.errors import ConfigError, StorageError
-from bt_ray.fingerprint import KIND, StepKey
-from bt_ray.state import STATUS
+from bt_ray.layout import CONFIG, RESULT, STATUS, SWEEP, TRIALS
+from bt_ray.step import KIND, StepKey
 from bt_ray.storage import Storage, open_storage
 from bt_ray.store import FinishedStep, StepStore
 from bt_ray.strategy import length
 
-SWEEP, CONFIG, RESULT = "sweep.json", "config.json", "result.json"
 MOST_NAMED = 8
 """Changes that a message names."""
 
@@ -107,7 +106,7 @@ def _steps(values: Any) -> dict[str, Any]:
 
 def prepare_run_directory(storage: Storage, config: SweepConfig, keys: Mapping[str, StepKey]) -> None:
     """Make the directory the sweep's own. Finished steps, and the best program of an earlier run, are kept."""
-    for name in ("trials", RESULT, STATUS):
+    for name in (TRIALS, RESULT, STATUS):
         storage.delete(name)
     before = storage.read_json(SWEEP) or {}
     theirs = _steps(before)

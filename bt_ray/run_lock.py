@@ -19,9 +19,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from bt_ray.errors import ConfigError, StorageError
+from bt_ray.layout import LOCK
 from bt_ray.storage import Storage
 
-LOCK = ".lock"
 BEAT_S = 3.0
 DEAD_AFTER_S = 15.0
 SETTLE_S = 1.0

@@ -10,7 +10,7 @@ from typing import Any
 
 from bt_ray.config import SweepConfig, make_config
 from bt_ray.errors import ConfigError, nearest
-from bt_ray.results import variant_name
+from bt_ray.strategy import variant_name
 
 DISTRIBUTIONS = (
     "choice", "uniform", "quniform", "loguniform", "qloguniform", "randn", "qrandn", "randint", "qrandint", "lograndint",

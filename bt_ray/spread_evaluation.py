@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import ray
 
 from bt_ray.errors import InfrastructureError, InfrastructureFailure
-from bt_ray.trial_setup import LOG, TrialSetup, dspy_settings, log_file, student, work_folder
+from bt_ray.layout import TRIAL_LOG
+from bt_ray.trial_setup import TrialSetup, dspy_settings, log_file, student, work_folder
 from bt_ray.weights import Weights
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class EvaluatingProcess:
         self._setup = setup
         self._opened = ExitStack()
         here = self._opened.enter_context(work_folder(setup.store.storage, folder))
-        self._opened.enter_context(log_file(here / LOG))
+        self._opened.enter_context(log_file(here / TRIAL_LOG))
         threads = setup.config.num_threads
         task, self._models, self._hosted = self._opened.enter_context(student(setup, holder, threads))
         self._program = task.program

@@ -20,10 +20,10 @@ from bt_ray.events import (
     TrialStarted,
     TrialWaits,
 )
+from bt_ray.layout import STATUS
 from bt_ray.storage import Storage
 from bt_ray.strategy import BASELINE, prefixes
 
-STATUS = "status.json"
 SCHEMA_VERSION = 1
 DISK_S, OBJECT_S = 2.0, 15.0
 """Seconds between two writes of a status that changed, to a filesystem and to an object store."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from bt_ray.errors import ConfigError
-from bt_ray.event_log import EVENTS
+from bt_ray.layout import CONFIG, EVENTS, STATUS
 from bt_ray.plan import make_plan
 from bt_ray.report.state import step_lines, waiting_lines
-from bt_ray.run_directory import CONFIG, read_steps
-from bt_ray.state import STATUS, SweepState
+from bt_ray.run_directory import read_steps
+from bt_ray.state import SweepState
 from bt_ray.storage import Storage
 
 

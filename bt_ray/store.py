@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bt_ray.errors import StorageError
+from bt_ray.layout import STEPS, WEIGHTS
 from bt_ray.results import Candidate
 from bt_ray.storage import Storage
-from bt_ray.weights import MANIFEST, WEIGHTS, Weights, fine_tuned
+from bt_ray.weights import MANIFEST, Weights, fine_tuned
 
 SCHEMA_VERSION = 1
-STEPS = "steps"
 READERS = 16
 """Steps that are read at the same time: an object store takes milliseconds for each request."""
 logger = logging.getLogger(__name__)

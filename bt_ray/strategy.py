@@ -3,10 +3,11 @@
 A step is named by its prefix: `"p -> w"` is the second step of `"p -> w -> p"`. The empty prefix is the baseline.
 """
 
+import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import product
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from bt_ray.errors import ConfigError, nearest
 
@@ -84,6 +85,11 @@ def every(optimizers: Sequence[str], max_length: int) -> list[str]:
     """Every strategy of these optimizers, shorter ones first."""
     lengths = range(1, max_length + 1)
     return [SEPARATOR.join(keys) for count in lengths for keys in product(optimizers, repeat=count)]
+
+
+def variant_name(values: Mapping[str, Any]) -> str:
+    """Names a variant of a sweep's settings by what it has of the space; `""` for nothing."""
+    return ", ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items())
 
 
 def step_label(prefix: str, variant: str) -> str:

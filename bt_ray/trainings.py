@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bt_ray.errors import StorageError
+from bt_ray.layout import CHECKPOINTS, TRAINING_FINISHED, TRAININGS, WEIGHTS
 from bt_ray.node_weights import NodeWeights
 from bt_ray.storage import Storage
-from bt_ray.training.job import CHECKPOINT_MANIFEST, CHECKPOINTS, PROGRESS, checkpoint_step
-from bt_ray.weights import MANIFEST, WEIGHTS, Weights, fine_tuned
+from bt_ray.training.job import CHECKPOINT_MANIFEST, PROGRESS, checkpoint_step
+from bt_ray.weights import MANIFEST, Weights, fine_tuned
 
-TRAININGS, FINISHED = "trainings", "finished.json"
 KEPT = ("job.json", "data.jsonl", PROGRESS, "log.txt")
 """An attempt's files that are kept beside its checkpoints."""
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Trainings:
 
     def finished(self, key: str) -> Weights | None:
         """The weights of the fine-tune `key`, None if none has finished."""
-        found = self.storage.read_json(f"{TRAININGS}/{key}/{FINISHED}")
+        found = self.storage.read_json(f"{TRAININGS}/{key}/{TRAINING_FINISHED}")
         manifest = found and self.storage.read_json(f"{WEIGHTS}/{found['weights_id']}/{MANIFEST}")
         return fine_tuned(manifest) if manifest else None
 
@@ -131,9 +131,9 @@ class Attempt:
         """Let the weights count that the process left. Checkpoints are not needed any more."""
         manifest = json.loads((self.output / MANIFEST).read_text())
         self._trainings.weights.keep(self.weights_id)
-        self._storage.write_json(f"{self._fine_tune}/{FINISHED}", {"weights_id": self.weights_id})
+        self._storage.write_json(f"{self._fine_tune}/{TRAINING_FINISHED}", {"weights_id": self.weights_id})
         for attempt in self._storage.names(self._fine_tune):
-            if attempt != FINISHED:
+            if attempt != TRAINING_FINISHED:
                 self._storage.delete(f"{self._fine_tune}/{attempt}/{CHECKPOINTS}")
         return fine_tuned(manifest)
 

@@ -20,15 +20,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from bt_ray.actors.metrics import TrialMetrics
 from bt_ray.errors import BtRayError, InfrastructureError, InfrastructureFailure
 from bt_ray.failures import Side, side_of
+from bt_ray.layout import SCRATCH, TRIAL_FAILURE, TRIAL_LOG, TRIALS
 from bt_ray.mlflow_runs import traced
 from bt_ray.results import Candidate, StepFailure, failure_of
 from bt_ray.spread_evaluation import opened_evaluator
 from bt_ray.store import FinishedStep
 from bt_ray.strategy import BASELINE, SEPARATOR, steps_to_come
-from bt_ray.trial_setup import LOG, TrialSetup, dspy_settings, log_file, student, work_folder
+from bt_ray.trial_setup import TrialSetup, dspy_settings, log_file, student, work_folder
 
 logger = logging.getLogger(__name__)
-FAILURE_FILE, SCRATCH = "failure.json", "scratch"
 
 
 def run_trial(params: dict[str, Any], setups: Mapping[str, TrialSetup]) -> None:
@@ -37,10 +37,10 @@ def run_trial(params: dict[str, Any], setups: Mapping[str, TrialSetup]) -> None:
     A failure of the user's is kept in the trial's folder. Lost infrastructure is raised, and Ray Tune runs the trial again.
     """
     trial = params["trial"]
-    strategy, folder, setup = trial["strategy"], f"trials/{trial['folder']}", setups[trial["variant"]]
+    strategy, folder, setup = trial["strategy"], f"{TRIALS}/{trial['folder']}", setups[trial["variant"]]
     with (
         work_folder(setup.store.storage, folder) as here,
-        log_file(here / LOG),
+        log_file(here / TRIAL_LOG),
         traced(setup.config, setup.run_dir, strategy, trial["variant"]),
     ):
         reporter = _Reporter(setup.run_dir)
@@ -53,7 +53,7 @@ def run_trial(params: dict[str, Any], setups: Mapping[str, TrialSetup]) -> None:
                 raise
             failure = failure_of(error)
         if failure is not None:
-            setup.store.storage.write_json(f"{folder}/{FAILURE_FILE}", asdict(failure))
+            setup.store.storage.write_json(f"{folder}/{TRIAL_FAILURE}", asdict(failure))
         reporter.finish()
 
 
@@ -174,10 +174,10 @@ def _evaluate_on_testset(setup: TrialSetup, best: Candidate) -> Tested:
     from bt_ray.served_models import assign_versions
 
     config, name = setup.config, f"test of {best.prefix or 'baseline'}"
-    folder = f"trials/test-{setup.keys[best.prefix].key[:12]}"
+    folder = f"{TRIALS}/test-{setup.keys[best.prefix].key[:12]}"
     with (
         work_folder(setup.store.storage, folder) as here,
-        log_file(here / LOG),
+        log_file(here / TRIAL_LOG),
         student(setup, name, config.num_threads) as (task, models, hosted),
         opened_evaluator(setup, task, models, hosted, name=name, folder=folder) as evaluator,
     ):

@@ -13,15 +13,14 @@ from ray.actor import ActorHandle
 
 from bt_ray.config import SweepConfig
 from bt_ray.errors import StorageError
-from bt_ray.fingerprint import StepKey
+from bt_ray.layout import TRIAL_LOG
 from bt_ray.node_disk import Scratch
+from bt_ray.step import StepKey
 from bt_ray.storage import Storage, open_storage
 from bt_ray.store import StepStore
 
 if TYPE_CHECKING:
     from bt_ray.task import TaskFunction
-
-LOG = "log.txt"
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ def student(setup: TrialSetup, holder: str, threads: int) -> Iterator[tuple[Any,
 
     from bt_ray.actors.leased_models import LeasedModels
     from bt_ray.failure_latch import FailureLatch
-    from bt_ray.hosting import NoModels
     from bt_ray.lm import ServedEngine
+    from bt_ray.models import NoModels
     from bt_ray.one_core import one_core
     from bt_ray.served_models import ServedModels, serving
     from bt_ray.task import load_task
@@ -101,9 +100,9 @@ def work_folder(storage: Storage, name: str) -> Iterator[Path]:
         try:
             yield scratch.folder
         finally:
-            if (log := scratch.folder / LOG).exists():
+            if (log := scratch.folder / TRIAL_LOG).exists():
                 with contextlib.suppress(StorageError):  # a log that is lost costs no result
-                    storage.write(f"{name}/{LOG}", log.read_bytes())
+                    storage.write(f"{name}/{TRIAL_LOG}", log.read_bytes())
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from bt_ray.errors import ConfigError
+from bt_ray.layout import WEIGHTS
 
-WEIGHTS, MANIFEST = "weights", "bt_ray_weights.json"
+MANIFEST = "bt_ray_weights.json"
 FINE_TUNE = "-ft-"
 """Stands in a fine-tune's id between its base's and its own."""
 SAMPLES_PER_FILE = 64

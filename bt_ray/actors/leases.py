@@ -5,7 +5,7 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
-from bt_ray.serving.server import Endpoint
+from bt_ray.models import Endpoint
 from bt_ray.weights import Weights
 
 Returned = dict[int, Weights | None]

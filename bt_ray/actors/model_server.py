@@ -13,7 +13,7 @@ import ray
 from huggingface_hub import get_token
 
 from bt_ray.config import ServerConfig, TrainConfig
-from bt_ray.serving.server import Endpoint
+from bt_ray.models import Endpoint
 from bt_ray.slot import Change, Slot, SlotStatus
 from bt_ray.storage import open_storage
 from bt_ray.weights import Weights

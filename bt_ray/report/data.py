@@ -7,17 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bt_ray.comparison import Interval, Verdict, interval, verdict
-from bt_ray.event_log import EVENTS
-from bt_ray.fingerprint import StepKey
 from bt_ray.kept_examples import KeptExample, examples_file, read_examples
+from bt_ray.layout import CONFIG, EVENTS, RESULT, STATUS, TRAININGS, WEIGHTS
 from bt_ray.results import SweepResult, TrialResult
-from bt_ray.run_directory import CONFIG, RESULT, read_steps
-from bt_ray.state import STATUS, SweepState
+from bt_ray.run_directory import read_steps
+from bt_ray.state import SweepState
+from bt_ray.step import StepKey
 from bt_ray.storage import Storage
 from bt_ray.store import FinishedStep, StepStore
 from bt_ray.strategy import SEPARATOR, prefixes
-from bt_ray.trainings import TRAININGS
-from bt_ray.weights import MANIFEST, WEIGHTS
+from bt_ray.weights import MANIFEST
 
 STATES = {"placing": "waiting", "idle": "idle", "training": "training", "lost": "down", "failed": "down", "dead": "down"}
 

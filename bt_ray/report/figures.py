@@ -7,8 +7,7 @@ import plotly.graph_objects as go
 
 from bt_ray.report.data import Node, Report
 from bt_ray.report.table import trial_label
-from bt_ray.results import variant_name
-from bt_ray.strategy import length
+from bt_ray.strategy import length, variant_name
 
 STATE_COLOURS = {
     "waiting": "#b0b0b0",

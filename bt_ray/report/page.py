@@ -17,7 +17,8 @@ from bt_ray.report import figures
 from bt_ray.report.data import Cost, Node, Predictor, Report
 from bt_ray.report.state import headline
 from bt_ray.report.table import errors_in_words, percent, trial_label
-from bt_ray.results import Candidate, variant_name
+from bt_ray.results import Candidate
+from bt_ray.strategy import variant_name
 
 TEMPLATE = "page.html.jinja"
 NOTHING = Predictor("", ())

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from rich.markup import escape
 from rich.tree import Tree
 
-from bt_ray.fingerprint import StepKey
 from bt_ray.plan import Plan
 from bt_ray.report.table import percent
+from bt_ray.step import StepKey
 from bt_ray.store import FinishedStep
 from bt_ray.strategy import SEPARATOR
 

@@ -7,8 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bt_ray.comparison import interval, verdict
-from bt_ray.results import Candidate, SweepResult, variant_name
-from bt_ray.strategy import length
+from bt_ray.results import Candidate, SweepResult
+from bt_ray.strategy import length, variant_name
 
 
 def result_table(result: SweepResult) -> Table:

@@ -17,6 +17,7 @@ import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from bt_ray.models import OTHER_WEIGHTS, REFUSED
 from bt_ray.serving.engine import Engine, vllm_engine
 
 Scope = MutableMapping[str, Any]
@@ -29,8 +30,6 @@ TOKEN_VARIABLE = "BT_RAY_SERVER_TOKEN"  # noqa: S105 - the name of a variable, n
 SERVED_NAME = "bt-ray"
 """The model name that vLLM itself knows of its checkpoint; an adapter has its id there. Clients use the id of the weights,
 which the guard checks and rewrites."""
-REFUSED = "refused"
-"""The code of the guard's own answers: it tells them from those of the server behind it."""
 
 OPEN_ROUTES = {
     ("GET", "/health"),
@@ -112,7 +111,7 @@ class Guard:
         if name is None:
             serving = ", ".join(self.serving)
             message = f"This server serves weights {serving!r}; the request asks for {asked!r}."
-            await _refuse(send, 409, message, serving=serving, asked=asked)
+            await _refuse(send, OTHER_WEIGHTS, message, serving=serving, asked=asked)
             return
         request["model"] = name
         rewritten = json.dumps(request).encode()

@@ -5,7 +5,6 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +14,7 @@ from bt_ray.arithmetic import cpu_arithmetic
 from bt_ray.child import ChildProcess, child_environment, open_port
 from bt_ray.config import ServerConfig
 from bt_ray.errors import ServerError
+from bt_ray.models import Endpoint
 from bt_ray.serving.guard import SERVED_NAME, TOKEN_VARIABLE
 from bt_ray.weights import Weights
 
@@ -28,19 +28,6 @@ LONGEST_SOCKET_FOLDER = 60
 GPU_MEMORY_UTILIZATION = 0.92
 """vLLM's own default, of which servers that share a GPU get their share each."""
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where requests for one version of a model are answered, and with which token."""
-
-    url: str
-    weights_id: str
-    token: str = field(repr=False)
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.token}"}
 
 
 class ServerProcess:

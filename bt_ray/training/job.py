@@ -17,7 +17,7 @@ from bt_ray.errors import ConfigError, TaskError, TrainingError
 from bt_ray.weights import MANIFEST, Weights
 
 LOOK_S = 2.0
-CHECKPOINTS, CHECKPOINT_MANIFEST, PROGRESS = "checkpoints", "bt_ray_checkpoint.json", "progress.jsonl"
+CHECKPOINT_MANIFEST, PROGRESS = "bt_ray_checkpoint.json", "progress.jsonl"
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from bt_ray.config import TrainConfig
+from bt_ray.layout import CHECKPOINTS
 from bt_ray.training.batches import BatchesByLength, worth_sorting
 from bt_ray.training.cores import IdleCores
-from bt_ray.training.job import CHECKPOINT_MANIFEST, CHECKPOINTS, TrainJob
+from bt_ray.training.job import CHECKPOINT_MANIFEST, TrainJob
 from bt_ray.training.layers import last_layers, linear_modules
 
 IGNORED = -100

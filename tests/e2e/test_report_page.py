@@ -12,8 +12,8 @@ from support.made_sweep import EXAMPLES, HOSTILE, IMAGE, LONG, example, made_swe
 from typer.testing import CliRunner
 
 from bt_ray.cli import app
-from bt_ray.fingerprint import StepKey
 from bt_ray.kept_examples import examples_file, keep_examples
+from bt_ray.step import StepKey
 from bt_ray.storage import open_storage
 from bt_ray.store import StepStore
 

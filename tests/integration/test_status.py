@@ -11,8 +11,9 @@ from test_no_orphans import SCORES, RunningSweep
 from typer.testing import CliRunner
 
 from bt_ray.cli import app
+from bt_ray.layout import STATUS
 from bt_ray.report.state import SILENT, headline
-from bt_ray.state import STATUS, SweepState
+from bt_ray.state import SweepState
 from bt_ray.status import read_status
 from bt_ray.storage import Storage, open_storage
 

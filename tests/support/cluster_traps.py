@@ -10,7 +10,7 @@ from typing import Any
 
 from bt_ray.config import SweepConfig
 from bt_ray.errors import ResourcesError
-from bt_ray.preflight import check_resources
+from bt_ray.resources import check_resources
 from support.cluster_files import Shipped, bt_ray_version, pinned
 
 BUCKETS = ("s3://", "gs://")

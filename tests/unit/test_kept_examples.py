@@ -5,8 +5,9 @@ from dataclasses import replace
 import dspy
 import pytest
 
-from bt_ray.fingerprint import StepKey
-from bt_ray.kept_examples import EXAMPLES, KeptExample, examples_file, keep_examples, read_examples
+from bt_ray.kept_examples import KeptExample, examples_file, keep_examples, read_examples
+from bt_ray.layout import EXAMPLES
+from bt_ray.step import StepKey
 from bt_ray.storage import Storage
 
 FILE = f"{EXAMPLES}/some.json"

@@ -10,8 +10,8 @@ from support.sole_claims import OwnSteps, SoleClaims
 from bt_ray.better_together import StepOutcome
 from bt_ray.errors import InfrastructureError, InfrastructureFailure, StorageError
 from bt_ray.failure_latch import FailureLatch
-from bt_ray.hosting import NoModels
 from bt_ray.lm import ServedEngine
+from bt_ray.models import NoModels
 from bt_ray.store import StepStore
 
 

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -10,123 +11,136 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "bt_ray"
 
-# Each module may import from its own layer's earlier modules and from lower layers, as listed: nothing else.
+# Each folder, and each module beside them, may import from its own and from those it lists, all of which stand above it.
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
+    "location": {"errors"},
+    "layout": set(),
     "strategy": {"errors"},
-    "weights": {"errors"},
+    "weights": {"errors", "layout"},
     "events": set(),
-    "storage": {"errors"},
-    "state": {"errors", "events", "storage", "strategy"},
-    "event_log": {"errors", "events", "storage"},
-    "placement_state": {"weights"},
-    "placement": {"placement_state", "weights"},
-    "config": {"errors", "storage", "weights"},
-    "resources": {"config", "errors"},
-    "sweep_toml": {"config", "errors"},
-    "results": {"errors", "storage", "strategy"},
-    "comparison": {"results"},
-    "run_lock": {"errors", "storage"},
+    "models": {"errors", "weights"},
+    "step": set(),
+    "config": {"errors", "location", "weights"},
+    "space": {"errors", "strategy", "config"},
+    "sweep_toml": {"errors", "config"},
+    "storage": {"errors", "location"},
+    "event_log": {"errors", "layout", "events", "storage"},
+    "kept_examples": {"layout", "step", "storage"},
     "node_disk": {"errors", "storage"},
-    "child": {"errors"},
-    "arithmetic": {"child", "errors", "node_disk"},
-    "node_weights": {"errors", "node_disk", "storage", "weights"},
-    "store": {"errors", "results", "storage", "weights"},
+    "results": {"errors", "location", "strategy", "storage"},
+    "run_lock": {"errors", "layout", "storage"},
+    "state": {"errors", "layout", "strategy", "events", "storage"},
+    "store": {"errors", "layout", "weights", "storage", "results"},
+    "run_directory": {"errors", "layout", "strategy", "step", "config", "storage", "store"},
+    "prune": {"errors", "layout", "storage", "run_directory"},
     "metric": set(),
     "task": {"errors", "metric"},
-    "fingerprint": {"config", "strategy", "task", "weights"},
-    "space": {"config", "errors", "results"},
-    "search": {"strategy"},
-    "search_walk": {"config", "results", "search", "store", "strategy"},
-    "kept_examples": {"fingerprint", "storage"},
-    "plan": {"fingerprint", "store", "strategy"},
-    "run_directory": {"config", "state", "errors", "fingerprint", "storage", "store", "strategy"},
+    "fingerprint": {"strategy", "weights", "step", "config", "task"},
     "teachers": {"errors"},
-    "serving": {"arithmetic", "child", "config", "errors", "weights"},
-    "training": {"arithmetic", "child", "config", "errors", "serving", "weights"},
-    "known_answers": {"errors", "serving", "storage", "weights"},
-    "trainings": {"errors", "node_weights", "storage", "training", "weights"},
+    "child": {"errors"},
+    "arithmetic": {"errors", "node_disk", "child"},
+    "node_weights": {"errors", "layout", "weights", "storage", "node_disk"},
+    "serving": {"errors", "weights", "models", "config", "child", "arithmetic"},
+    "known_answers": {"errors", "layout", "weights", "storage", "serving"},
+    "training": {"errors", "layout", "weights", "config", "child", "arithmetic", "serving"},
+    "trainings": {"errors", "layout", "weights", "storage", "node_weights", "training"},
     "slot": {
-        "child", "config", "errors", "known_answers", "node_disk", "node_weights", "serving", "storage", "training",
-        "trainings", "weights",
+        "errors", "layout", "weights", "models", "config", "storage", "node_disk", "child", "node_weights",
+        "serving", "known_answers", "training", "trainings",
     },
-    "failures": {"errors"},
-    "failure_latch": {"errors", "failures"},
-    "hosting": {"errors", "serving", "weights"},
-    "one_core": set(),
-    "lm": {"config", "errors", "failure_latch", "failures", "hosting", "serving", "weights"},
-    "local_models": {"config", "errors", "hosting", "serving", "slot", "storage", "weights"},
-    "evaluation": {"errors", "failure_latch", "failures", "results"},
-    "better_together": {"errors", "evaluation", "lm", "results", "strategy", "task", "teachers"},
-    "served_models": {"config", "errors", "lm", "sweep_toml", "weights"},
-    "kept_steps": {
-        "better_together", "errors", "failures", "fingerprint", "lm", "results", "served_models", "store", "weights",
-    },
-    "remote_models": {"errors", "hosting", "serving", "weights"},
-    "best": {
-        "config", "errors", "hosting", "kept_steps", "lm", "local_models", "node_disk", "remote_models", "results",
-        "served_models", "storage", "store", "task", "weights",
-    },
-    "report": {
-        "comparison", "event_log", "events", "fingerprint", "kept_examples", "plan", "results", "run_directory", "state",
-        "storage", "store", "strategy", "trainings", "weights",
-    },
-    "mlflow_runs": {"config", "errors", "events", "fingerprint", "report", "results", "storage", "strategy"},
-    "tune_loggers": {"config"},
-    "served_best": {"best", "child", "errors", "serving", "slot", "weights"},
-    "export": {"best", "errors", "node_disk", "node_weights", "results", "run_directory", "weights"},
-    "prune": {"best", "errors", "run_directory", "storage", "training", "trainings", "weights"},
-    "preflight": {
-        "config", "errors", "failure_latch", "fingerprint", "hosting", "lm", "resources", "run_directory", "served_models",
-        "space", "strategy", "task", "training", "weights",
-    },
-    "cpu_cost": {"arithmetic", "config", "errors", "serving", "task", "weights"},
+    "placement_state": {"weights"},
+    "placement": {"weights", "placement_state"},
+    "resources": {"errors", "weights", "config"},
     "nodes": {"config", "resources"},
+    "comparison": {"results"},
+    "plan": {"strategy", "step", "store"},
+    "report": {
+        "layout", "strategy", "weights", "events", "step", "storage", "kept_examples", "results", "state", "store",
+        "run_directory", "comparison", "plan",
+    },
+    "status": {"errors", "layout", "storage", "state", "run_directory", "plan", "report"},
+    "mlflow_runs": {"errors", "strategy", "events", "config", "storage", "results", "report"},
+    "tune_loggers": {"config"},
     "claims": {"results"},
     "actors": {
-        "claims", "config", "errors", "events", "hosting", "placement_state", "nodes", "placement", "resources", "results",
-        "serving", "slot", "storage", "training", "weights",
+        "errors", "weights", "events", "models", "config", "storage", "results", "training", "slot",
+        "placement_state", "placement", "resources", "nodes", "claims",
+    },
+    "failures": {"errors", "models"},
+    "failure_latch": {"errors", "failures"},
+    "evaluation": {"errors", "results", "failures", "failure_latch"},
+    "lm": {"errors", "weights", "models", "config", "failures", "failure_latch"},
+    "better_together": {"errors", "strategy", "results", "task", "teachers", "evaluation", "lm"},
+    "one_core": set(),
+    "served_models": {"errors", "weights", "config", "sweep_toml", "lm"},
+    "kept_steps": {
+        "errors", "weights", "step", "results", "store", "fingerprint", "failures", "lm", "better_together",
+        "served_models",
     },
     "trial_setup": {
-        "actors", "config", "errors", "failure_latch", "fingerprint", "hosting", "lm", "node_disk", "one_core",
-        "served_models", "storage", "store", "task",
+        "errors", "layout", "models", "step", "config", "storage", "node_disk", "store", "task", "actors",
+        "failure_latch", "lm", "one_core", "served_models",
     },
     "spread_evaluation": {
-        "actors", "errors", "evaluation", "kept_steps", "lm", "served_models", "trial_setup", "weights",
+        "errors", "layout", "weights", "evaluation", "lm", "served_models", "kept_steps", "trial_setup",
     },
     "trial": {
-        "actors", "better_together", "errors", "evaluation", "failures", "kept_steps", "lm", "mlflow_runs", "results",
-        "served_models", "spread_evaluation", "store", "strategy", "trial_setup",
+        "errors", "layout", "strategy", "results", "store", "mlflow_runs", "actors", "failures", "evaluation", "lm",
+        "better_together", "served_models", "kept_steps", "trial_setup", "spread_evaluation",
     },
+    "local_models": {"errors", "weights", "models", "config", "storage", "slot"},
+    "remote_models": {"errors", "weights", "models"},
+    "best": {
+        "errors", "location", "layout", "weights", "models", "config", "storage", "node_disk", "results", "store",
+        "task", "lm", "served_models", "kept_steps", "local_models", "remote_models",
+    },
+    "export": {"errors", "layout", "weights", "node_disk", "results", "run_directory", "node_weights", "best"},
+    "served_best": {"errors", "weights", "models", "child", "slot", "best"},
     "cluster": {
-        "actors", "config", "errors", "event_log", "events", "placement_state", "nodes", "preflight", "storage", "weights",
+        "errors", "weights", "events", "config", "storage", "event_log", "placement_state", "resources", "nodes",
+        "actors",
     },
-    "tuning": {"errors", "events", "node_disk", "search_walk", "strategy", "trial", "trial_setup", "tune_loggers"},
-    "driver": {
-        "actors", "best", "cluster", "config", "cpu_cost", "errors", "events", "fingerprint", "kept_examples", "mlflow_runs",
-        "preflight", "results", "run_directory", "run_lock", "search_walk", "state", "storage", "store", "strategy",
-        "sweep_toml", "task", "trial", "trial_setup", "tuning",
-    },
+    "cpu_cost": {"errors", "weights", "config", "task", "arithmetic", "serving"},
     "jobs": {"errors"},
-    "starter": {"errors"},
-    "status": {"errors", "event_log", "plan", "report", "run_directory", "state", "storage"},
-    "cli": {
-        "actors", "best", "cluster", "config", "cpu_cost", "driver", "errors", "export", "jobs", "nodes", "plan",
-        "preflight", "prune", "report", "run_directory", "run_lock", "served_best", "starter", "status", "storage", "store",
-        "sweep_toml",
+    "preflight": {
+        "errors", "strategy", "weights", "models", "step", "config", "space", "run_directory", "task",
+        "fingerprint", "training", "failure_latch", "lm", "served_models",
     },
-    "__init__": {"best", "config", "driver", "errors", "results", "served_models", "sweep_toml", "task", "teachers"},
+    "search": {"strategy"},
+    "search_walk": {"strategy", "config", "results", "store", "search"},
+    "tuning": {"errors", "strategy", "events", "node_disk", "tune_loggers", "trial_setup", "trial", "search_walk"},
+    "driver": {
+        "errors", "layout", "strategy", "events", "config", "sweep_toml", "storage", "kept_examples", "results",
+        "run_lock", "state", "store", "run_directory", "task", "fingerprint", "mlflow_runs", "trial_setup", "trial",
+        "best", "cluster", "cpu_cost", "preflight", "search_walk", "tuning",
+    },
+    "starter": {"errors"},
+    "cli": {
+        "errors", "config", "sweep_toml", "storage", "run_lock", "store", "run_directory", "prune", "resources",
+        "nodes", "plan", "report", "status", "actors", "best", "export", "served_best", "cluster", "cpu_cost",
+        "jobs", "preflight", "driver", "starter",
+    },
+    "__init__": {"errors", "config", "sweep_toml", "results", "task", "teachers", "served_models", "best", "driver"},
 }  # fmt: skip
 
-RAY_FREE = set(LAYERS) - {
-    "space", "tune_loggers", "nodes", "actors", "trial_setup", "spread_evaluation", "trial", "cluster", "tuning", "driver",
-    "jobs", "cli", "__init__",
+RAY_ROOMS = {
+    "actors", "nodes", "trial_setup", "spread_evaluation", "trial", "cluster", "tuning", "driver", "jobs", "space",
+    "tune_loggers", "pool", "settings", "tracking",
 }  # fmt: skip
+IN_A_CHILD = {"arithmetic", "engine", "cores", "layers", "main", "trainer"}
+"""Modules that run in a process of their own, with PyTorch."""
+DSPY_FREE = ("cli", "actors.server_pool", "report.steps", "report.page", "status", "prune", "kept_examples")
+"""What looks at a run directory, and the pool's actor, start in a second: they import no DSPy."""
 TORCH_FREE = {"torch", "trl", "peft", "transformers", "datasets", "accelerate"}
 
 
 def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
+
+
+def dotted(path: Path) -> str:
+    return ".".join(("bt_ray", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
 
 
 def part_of(path: Path) -> str:
@@ -154,13 +168,11 @@ def test_a_module_imports_only_what_its_layer_may(path: Path) -> None:
             imported = rest[0] if rest else "__init__"
             assert imported == part or imported in allowed, f"{part} may not import {name}"
         elif package == "ray":
-            assert part not in RAY_FREE, f"{part} may not import ray"
+            assert part in RAY_ROOMS, f"{part} may not import ray"
         elif package == "vllm":
             assert path.name in {"vllm_main.py", "engine.py"}, "vLLM is a child process"
         elif package in TORCH_FREE:
-            training = {PACKAGE / "training" / name for name in ("cores.py", "layers.py", "main.py", "trainer.py")}
-            in_a_child = training | {PACKAGE / "serving" / "engine.py", PACKAGE / "arithmetic.py"}
-            assert path in in_a_child, f"only the training process, and vLLM's, import {package}"
+            assert path.stem in IN_A_CHILD, f"only the training process, and vLLM's, import {package}"
 
 
 def test_layers_have_no_upward_edge() -> None:
@@ -174,13 +186,21 @@ def test_there_is_no_utils() -> None:
     assert not [path for path in modules() if path.stem in {"utils", "helpers", "common", "misc"}]
 
 
-def test_importing_a_lower_layer_loads_no_ray_and_no_torch() -> None:
-    parts = ["bt_ray", *(f"bt_ray.{part}" for part in sorted(RAY_FREE - {"report"}))]
+def assert_imports_none_of(names: Iterable[str], heavy: set[str]) -> None:
     code = f"""
 import importlib, sys
-for part in {parts}:
-    importlib.import_module(part)
-    assert not (heavy := {{"ray", "vllm"}} | {TORCH_FREE}) & sys.modules.keys(), (part, heavy & sys.modules.keys())
+for name in {[*names]}:
+    importlib.import_module(name)
+    assert not (found := {heavy} & sys.modules.keys()), (name, found)
 """
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert said.returncode == 0, said.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+
+
+def test_importing_a_lower_layer_loads_no_ray_and_no_torch() -> None:
+    low = [path for path in modules() if part_of(path) not in RAY_ROOMS | {"cli"} and path.stem not in IN_A_CHILD]
+    assert_imports_none_of(["bt_ray", *map(dotted, low)], {"ray", "vllm"} | TORCH_FREE)
+
+
+def test_what_looks_at_a_run_directory_loads_no_dspy() -> None:
+    assert_imports_none_of([f"bt_ray.{name}" for name in DSPY_FREE], {"dspy", "litellm", "torch"})

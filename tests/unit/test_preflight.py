@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from bt_ray.config import SweepConfig, make_config
 from bt_ray.errors import ResourcesError
-from bt_ray.preflight import check_resources
+from bt_ray.resources import check_resources
 
 TWO_CORES = [{"CPU": 2.0}]
 A100_AND_L4 = [

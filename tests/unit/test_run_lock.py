@@ -8,7 +8,8 @@ import pytest
 
 from bt_ray import run_lock
 from bt_ray.errors import ConfigError, StorageError
-from bt_ray.run_lock import LOCK, held
+from bt_ray.layout import LOCK
+from bt_ray.run_lock import held
 from bt_ray.storage import Storage
 
 HOLD = """

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from support.key_pairs import ALL, BOTH, NONE, PAIRS, P, Pair, W
 from support.planned import BUILD, HEAD, METRIC, PROGRAM, alone, keys_of
 
-from bt_ray.fingerprint import StepKey, digest
+from bt_ray.fingerprint import digest
 from bt_ray.fingerprint.graph import Mode
 from bt_ray.fingerprint.values import Values
+from bt_ray.step import StepKey
 
 WANTED = {ALL: {"", "p", "w"}, NONE: set(), P: {"p"}, W: {"w"}, BOTH: {"p", "w"}}
 PLAIN = {"task.py": HEAD + PROGRAM + METRIC + BUILD}

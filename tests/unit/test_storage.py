@@ -8,7 +8,8 @@ import pytest
 from support.object_store import ObjectStore
 
 from bt_ray.errors import ConfigError, StorageError
-from bt_ray.storage import Directory, Storage, check_location, on_own_disk, open_storage, parent_and_name
+from bt_ray.location import check_location, parent_and_name
+from bt_ray.storage import Directory, Storage, on_own_disk, open_storage
 
 
 def test_a_file_is_read_as_it_was_written(storage: Storage) -> None:

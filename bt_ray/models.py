@@ -1,4 +1,4 @@
-"""What the DSPy side asks of whoever hosts models: the one protocol between `lm` and the slots.
+"""The contract between those who ask models and those who host them: what is asked, where it is answered, what a refusal is.
 
 The pool of a sweep implements it over Ray (`bt_ray.actors.leased_models`); `bt_ray.load` over one local process
 (`bt_ray.local_models`).
@@ -6,14 +6,34 @@ The pool of a sweep implements it over Ray (`bt_ray.actors.leased_models`); `bt_
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from bt_ray.errors import ServerError
-from bt_ray.serving.server import Endpoint
 from bt_ray.weights import Weights
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where requests for one version of a model are answered, and with which token."""
+
+    url: str
+    weights_id: str
+    token: str = field(repr=False)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token}"}
+
 
 Conversation = dict[str, Any]
 """`{"messages": [{"role": ..., "content": ...}, ...]}`; the last message is what to learn."""
+
+
+REFUSED = "refused"
+"""The code in the answers of a server's guard, which tells them from those of the server behind it."""
+OTHER_WEIGHTS = 409
+"""The HTTP status of the guard's answer to a request for weights that its server does not serve."""
 
 
 class Models(Protocol):
