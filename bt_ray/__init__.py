@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bt_ray.best import load
-    from bt_ray.config import SweepConfig
     from bt_ray.driver import sweep
     from bt_ray.errors import BtRayError
     from bt_ray.results import Candidate, SweepResult, TrialResult
     from bt_ray.served_models import served
-    from bt_ray.sweep_toml import load_config
+    from bt_ray.settings.config import SweepConfig
+    from bt_ray.settings.toml import load_config
     from bt_ray.task import StepContext, Task
     from bt_ray.teachers import gold_label_teacher
 
@@ -21,13 +21,13 @@ _HOME = {
     "BtRayError": "errors",
     "Candidate": "results",
     "StepContext": "task",
-    "SweepConfig": "config",
+    "SweepConfig": "settings.config",
     "SweepResult": "results",
     "Task": "task",
     "TrialResult": "results",
     "gold_label_teacher": "teachers",
     "load": "best",
-    "load_config": "sweep_toml",
+    "load_config": "settings.toml",
     "served": "served_models",
     "sweep": "driver",
 }

@@ -11,7 +11,6 @@ from typing import Any
 
 import dspy
 
-from bt_ray.config import SweepConfig, make_config
 from bt_ray.errors import BtRayError, ConfigError, TaskError
 from bt_ray.kept_steps import installed_versions, load_state
 from bt_ray.layout import BEST, BEST_MANIFEST, BEST_PROGRAM, WEIGHTS
@@ -23,6 +22,7 @@ from bt_ray.node_disk import Scratch
 from bt_ray.remote_models import RemoteModels
 from bt_ray.results import Candidate
 from bt_ray.served_models import ServedModels, assign_versions, serving
+from bt_ray.settings.config import SweepConfig, make_config
 from bt_ray.storage import Storage, open_storage
 from bt_ray.store import StepStore
 from bt_ray.task import TaskFunction, load_task

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from bt_ray.config import SweepConfig
 from bt_ray.errors import BtRayError, ConfigError, InfrastructureError, ResourcesError, TaskError
-from bt_ray.sweep_toml import load_config
+from bt_ray.settings.config import SweepConfig
+from bt_ray.settings.toml import load_config
 
 if TYPE_CHECKING:
     from bt_ray.jobs import Jobs

@@ -9,11 +9,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from bt_ray.config import SweepConfig
 from bt_ray.errors import ResourcesError, amount
 from bt_ray.event_log import EventLog
 from bt_ray.events import Connected, Event, ServerChanged, ServerDid, ServerReplaced, Stage
 from bt_ray.resources import check_resources
+from bt_ray.settings.config import SweepConfig
 from bt_ray.storage import Storage
 from bt_ray.weights import Weights
 

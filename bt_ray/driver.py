@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from bt_ray.best import keep_best
 from bt_ray.cluster import Listener, cause_of, connected, inside_job, opened_pool, step_claims, watched
-from bt_ray.config import StrategySearch, SweepConfig, make_config
 from bt_ray.cpu_cost import describe_here
 from bt_ray.errors import ConfigError, InfrastructureError, TaskError
 from bt_ray.events import Event, Stage, StepFinished, TrialEnded, TrialWaits
@@ -24,11 +23,12 @@ from bt_ray.results import Candidate, StepFailure, SweepResult, TrialResult, bes
 from bt_ray.run_directory import prepare_run_directory
 from bt_ray.run_lock import held
 from bt_ray.search_walk import SearchWalk
+from bt_ray.settings.config import StrategySearch, SweepConfig, make_config
+from bt_ray.settings.toml import with_absolute_paths
 from bt_ray.state import StatusFile
 from bt_ray.storage import open_storage
 from bt_ray.store import FinishedStep, StepStore
 from bt_ray.strategy import BASELINE, parent, prefixes, start_order
-from bt_ray.sweep_toml import with_absolute_paths
 from bt_ray.task import TaskFunction, task_spec
 from bt_ray.tuning import Trial, run_search, run_trials
 

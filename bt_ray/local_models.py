@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from bt_ray.config import ServerConfig
 from bt_ray.errors import TaskError
 from bt_ray.models import Conversation, Endpoint
+from bt_ray.settings.config import ServerConfig
 from bt_ray.slot import Slot
 from bt_ray.storage import Storage
 from bt_ray.weights import Weights

@@ -4,8 +4,8 @@ from typing import Any
 
 import ray
 
-from bt_ray.config import ServerConfig
 from bt_ray.resources import OF_TYPE, too_large
+from bt_ray.settings.config import ServerConfig
 
 NEWS_S = 15.0
 """Seconds between two lines about what waits for room."""

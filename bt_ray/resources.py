@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from bt_ray.config import ServerConfig, SweepConfig
 from bt_ray.errors import ResourcesError, amount
+from bt_ray.settings.config import ServerConfig, SweepConfig
 from bt_ray.weights import model_name
 
 OF_TYPE = "accelerator_type:"

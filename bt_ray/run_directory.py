@@ -4,9 +4,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bt_ray.config import SweepConfig
 from bt_ray.errors import ConfigError, StorageError
 from bt_ray.layout import CONFIG, RESULT, STATUS, SWEEP, TRIALS
+from bt_ray.settings.config import SweepConfig
 from bt_ray.step import KIND, StepKey
 from bt_ray.storage import Storage, open_storage
 from bt_ray.store import FinishedStep, StepStore

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 
-from bt_ray.config import StrategySearch as SearchSettings
 from bt_ray.results import Expected
 from bt_ray.search import StrategySearch
+from bt_ray.settings.config import StrategySearch as SearchSettings
 from bt_ray.store import FinishedStep
 from bt_ray.strategy import BASELINE, every, parent, prefixes
 
@@ -27,7 +27,7 @@ class Spent:
         self.gpu_seconds += seconds * self.gpus
 
     def of(self, unit: str) -> float:
-        """How much of one of `bt_ray.config.BUDGETS`."""
+        """How much of one of `bt_ray.settings.config.BUDGETS`."""
         hours = (time.monotonic() - self.started) / 3600
         return {"steps": self.steps, "tokens": self.tokens, "hours": hours, "gpu-hours": self.gpu_seconds / 3600}[unit]
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from ray.actor import ActorHandle
 
-from bt_ray.config import SweepConfig
 from bt_ray.errors import StorageError
 from bt_ray.layout import TRIAL_LOG
 from bt_ray.node_disk import Scratch
+from bt_ray.settings.config import SweepConfig
 from bt_ray.step import StepKey
 from bt_ray.storage import Storage, open_storage
 from bt_ray.store import StepStore

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bt_ray.config import TrackingConfig
+from bt_ray.settings.config import TrackingConfig
 
 
 def tune_loggers(tracking: TrackingConfig, run_dir: str) -> list[Any]:

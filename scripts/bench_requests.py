@@ -42,9 +42,9 @@ import dspy  # noqa: E402 - the environment comes first
 from support.scripted_model import write_model  # noqa: E402
 from support.slot_models import SlotModels  # noqa: E402
 
-from bt_ray.config import make_config  # noqa: E402
 from bt_ray.models import Endpoint  # noqa: E402
 from bt_ray.one_core import one_core  # noqa: E402
+from bt_ray.settings.config import make_config  # noqa: E402
 
 
 class Double(dspy.Signature):  # type: ignore[misc]

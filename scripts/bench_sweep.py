@@ -240,8 +240,8 @@ def looped(values: dict[str, Any]) -> dict[str, Any]:
     from support.reference import Reference, reference_run
     from support.slot_models import SlotModels
 
-    from bt_ray.config import make_config
     from bt_ray.lm import assign_lm
+    from bt_ray.settings.config import make_config
     from bt_ray.slot import Slot
     from bt_ray.task import load_task
     from bt_ray.teachers import stand_in_for

@@ -28,7 +28,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
-from bt_ray.config import ServerConfig, TrainConfig
+from bt_ray.settings.config import ServerConfig, TrainConfig
 from bt_ray.training.job import TrainJob, training_dtype
 from bt_ray.training.main import trainable_conversations
 from bt_ray.training.trainer import CpuTrainer, Trainer, make_trainer

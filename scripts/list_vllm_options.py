@@ -1,9 +1,9 @@
 """Print the options of the installed vLLM's server, one a line, with underscores.
 
-`bt_ray/serving/vllm_options.txt` is this output: with it a misspelt option is refused before anything starts, and without
+`bt_ray/settings/vllm_options.txt` is this output: with it a misspelt option is refused before anything starts, and without
 importing vLLM. Run it again when the pinned vLLM changes.
 
-    python scripts/list_vllm_options.py > bt_ray/serving/vllm_options.txt
+    python scripts/list_vllm_options.py > bt_ray/settings/vllm_options.txt
 """
 
 import contextlib

@@ -21,9 +21,9 @@ from ray.actor import ActorHandle
 from bt_ray.actors.calls import ActorGone, ask
 from bt_ray.actors.leases import Lease, Returned
 from bt_ray.actors.liveness import this_actor
-from bt_ray.config import SweepConfig, override_train
 from bt_ray.errors import ServerError
 from bt_ray.models import Conversation, Endpoint
+from bt_ray.settings.config import SweepConfig, override_train
 from bt_ray.training.job import check_trainable
 from bt_ray.weights import Weights
 

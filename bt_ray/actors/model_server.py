@@ -12,8 +12,8 @@ from typing import Any
 import ray
 from huggingface_hub import get_token
 
-from bt_ray.config import ServerConfig, TrainConfig
 from bt_ray.models import Endpoint
+from bt_ray.settings.config import ServerConfig, TrainConfig
 from bt_ray.slot import Change, Slot, SlotStatus
 from bt_ray.storage import open_storage
 from bt_ray.weights import Weights

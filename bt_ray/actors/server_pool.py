@@ -24,13 +24,13 @@ from bt_ray.actors.leases import Lease, Returned, ServerView
 from bt_ray.actors.liveness import until_dead
 from bt_ray.actors.metrics import PoolMetrics
 from bt_ray.actors.model_server import ModelServer, Served, actor_options
-from bt_ray.config import ServerConfig
 from bt_ray.errors import BtRayError, InfrastructureError, ServerError
 from bt_ray.events import LeaseChanged, ServerDid
 from bt_ray.models import Endpoint
 from bt_ray.nodes import draining_nodes
 from bt_ray.placement import Placement
 from bt_ray.placement_state import Action, Ask, Fetch, Grant, Grow, Policy, Release, Revoke, Serve, State, Stop
+from bt_ray.settings.config import ServerConfig
 from bt_ray.weights import Weights
 
 logger = logging.getLogger(__name__)

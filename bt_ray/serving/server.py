@@ -12,10 +12,10 @@ import httpx
 
 from bt_ray.arithmetic import cpu_arithmetic
 from bt_ray.child import ChildProcess, child_environment, open_port
-from bt_ray.config import ServerConfig
 from bt_ray.errors import ServerError
 from bt_ray.models import Endpoint
 from bt_ray.serving.guard import SERVED_NAME, TOKEN_VARIABLE
+from bt_ray.settings.config import ServerConfig
 from bt_ray.weights import Weights
 
 POLL_S = 0.1

@@ -12,8 +12,8 @@ from typing import Any, Self
 
 from bt_ray.arithmetic import Dtype, cpu_arithmetic
 from bt_ray.child import ChildProcess
-from bt_ray.config import ServerConfig, TrainConfig
 from bt_ray.errors import ConfigError, TaskError, TrainingError
+from bt_ray.settings.config import ServerConfig, TrainConfig
 from bt_ray.weights import MANIFEST, Weights
 
 LOOK_S = 2.0

@@ -20,8 +20,8 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
-from bt_ray.config import TrainConfig
 from bt_ray.layout import CHECKPOINTS
+from bt_ray.settings.config import TrainConfig
 from bt_ray.training.batches import BatchesByLength, worth_sorting
 from bt_ray.training.cores import IdleCores
 from bt_ray.training.job import CHECKPOINT_MANIFEST, TrainJob

@@ -75,7 +75,7 @@ def test_the_last_layers_alone_are_trained_by_either_method(count: int, first: i
     from peft import get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from bt_ray.config import TrainConfig
+    from bt_ray.settings.config import TrainConfig
     from bt_ray.training.layers import freeze_below, last_layers
     from bt_ray.training.trainer import make_lora_config
 

@@ -5,7 +5,7 @@ import sys
 
 from conftest import ROOT
 
-from bt_ray.config import vllm_options
+from bt_ray.settings.config import vllm_options
 
 
 def test_the_list_is_up_to_date() -> None:

@@ -24,9 +24,9 @@ from support.scripted_model import write_model
 from support.slot_models import SlotModels
 from support.sweep_files import toml
 
-from bt_ray.config import make_config
 from bt_ray.lm import assign_lm
 from bt_ray.results import SweepResult
+from bt_ray.settings.config import make_config
 from bt_ray.storage import Storage, open_storage
 
 pytestmark = [pytest.mark.long, pytest.mark.alone, pytest.mark.timeout(600)]

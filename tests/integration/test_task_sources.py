@@ -11,8 +11,8 @@ import pytest
 from conftest import SUPPORT
 
 import bt_ray
-from bt_ray.config import make_config
 from bt_ray.preflight import check_sweep
+from bt_ray.settings.config import make_config
 
 CELL = '''
 import sys

@@ -9,8 +9,8 @@ import pytest
 from support.processes import wait_for
 from test_slot import Call
 
-from bt_ray.config import SweepConfig, make_config
 from bt_ray.errors import StorageError, TrainingError
+from bt_ray.settings.config import SweepConfig, make_config
 from bt_ray.slot import Slot
 from bt_ray.storage import Storage
 from bt_ray.training import job as training_job

@@ -14,9 +14,9 @@ import yaml
 from conftest import ROOT
 
 from bt_ray.cli import app
-from bt_ray.config import SweepConfig
+from bt_ray.settings.config import SweepConfig
+from bt_ray.settings.toml import load_config
 from bt_ray.starter import write_starter
-from bt_ray.sweep_toml import load_config
 
 CLUSTER = ROOT / "cluster"
 COMMAND = re.compile(r"(?<![\w./`-])(?:bt-ray|ray) (?=[a-z])[^`\n|&;>)]*")

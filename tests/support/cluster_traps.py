@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bt_ray.config import SweepConfig
 from bt_ray.errors import ResourcesError
 from bt_ray.resources import check_resources
+from bt_ray.settings.config import SweepConfig
 from support.cluster_files import Shipped, bt_ray_version, pinned
 
 BUCKETS = ("s3://", "gs://")

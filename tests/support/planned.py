@@ -10,8 +10,8 @@ from typing import Any
 
 from dspy.dsp.utils.settings import main_thread_config
 
-from bt_ray.config import make_config
 from bt_ray.preflight import check_sweep
+from bt_ray.settings.config import make_config
 from bt_ray.step import StepKey
 
 HEAD = """

@@ -7,9 +7,9 @@ import pytest
 
 from bt_ray import arithmetic
 from bt_ray.arithmetic import Arithmetic, cpu_arithmetic
-from bt_ray.config import ServerConfig, TrainConfig
 from bt_ray.errors import ServerError
 from bt_ray.serving.server import server_command, server_dtype
+from bt_ray.settings.config import ServerConfig, TrainConfig
 from bt_ray.training.job import training_dtype
 from bt_ray.weights import Weights
 

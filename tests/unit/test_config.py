@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from bt_ray.config import SweepConfig, make_config, override_train
 from bt_ray.errors import ConfigError
-from bt_ray.sweep_toml import load_config
+from bt_ray.settings.config import SweepConfig, make_config, override_train
+from bt_ray.settings.toml import load_config
 
 MINIMAL = {"task": "m:build", "model": "org/name", "strategies": ["p"]}
 

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 import bt_ray
 from bt_ray.cli import app
-from bt_ray.config import make_config
 from bt_ray.preflight import check_sweep
+from bt_ray.settings.config import make_config
 from bt_ray.starter import write_starter
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

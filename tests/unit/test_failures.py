@@ -13,12 +13,12 @@ from dspy.utils.exceptions import AdapterParseError
 from support.failing_server import failing_server
 from support.object_store import ObjectStore
 
-from bt_ray.config import LMConfig
 from bt_ray.errors import InfrastructureError, InfrastructureFailure, StorageError, TaskError
 from bt_ray.failure_latch import FailureLatch
 from bt_ray.failures import Side, side_of
 from bt_ray.lm import EmptyTrainingSet, ServedEngine, served_lm
 from bt_ray.models import Endpoint
+from bt_ray.settings.config import LMConfig
 from bt_ray.storage import Directory, open_storage
 from bt_ray.weights import Weights
 

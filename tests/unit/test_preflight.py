@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bt_ray.config import SweepConfig, make_config
 from bt_ray.errors import ResourcesError
 from bt_ray.resources import check_resources
+from bt_ray.settings.config import SweepConfig, make_config
 
 TWO_CORES = [{"CPU": 2.0}]
 A100_AND_L4 = [

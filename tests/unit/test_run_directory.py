@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from bt_ray.config import make_config
 from bt_ray.errors import ConfigError
 from bt_ray.run_directory import check_run_directory, prepare_run_directory, read_steps
+from bt_ray.settings.config import make_config
 from bt_ray.step import KIND, StepKey
 from bt_ray.storage import Directory
 from bt_ray.store import FinishedStep, StepStore

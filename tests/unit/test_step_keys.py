@@ -101,8 +101,8 @@ def test_where_files_lie_changes_nothing(one: str, other: str) -> None:
 
 
 def keys_in(folder: Path) -> dict[str, StepKey]:
-    from bt_ray.config import make_config
     from bt_ray.preflight import check_sweep
+    from bt_ray.settings.config import make_config
 
     config = make_config({"task": f"{folder}/task.py:build", "strategies": ["p", "w"]})
     return check_sweep(config, None).first.keys

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from ray import tune
 
-from bt_ray.config import make_config
 from bt_ray.errors import ConfigError
-from bt_ray.space import variants
-from bt_ray.sweep_toml import load_config
+from bt_ray.settings.config import make_config
+from bt_ray.settings.space import variants
+from bt_ray.settings.toml import load_config
 
 MINIMAL: dict[str, Any] = {"task": "m:build", "model": "m", "strategies": ["p"]}
 

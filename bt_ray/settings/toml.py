@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bt_ray.config import SweepConfig, make_config
 from bt_ray.errors import ConfigError
+from bt_ray.settings.config import SweepConfig, make_config
 
 
 def load_config(

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bt_ray.config import SweepConfig, make_config
 from bt_ray.errors import ConfigError, nearest
+from bt_ray.settings.config import SweepConfig, make_config
 from bt_ray.strategy import variant_name
 
 DISTRIBUTIONS = (

@@ -1,6 +1,6 @@
 """The settings of a sweep: values in, frozen and checked values out.
 
-A person writes `sweep.toml`, which `bt_ray.sweep_toml` reads; the resolved copy is kept as JSON in the run directory.
+A person writes `sweep.toml`, which `bt_ray.settings.toml` reads; the resolved copy is kept as JSON in the run directory.
 Unknown keys are refused with the nearest right one. This module knows no engine: what vLLM accepts is a list of names that
 ships with the package.
 """
@@ -174,7 +174,7 @@ ENGINE_OPTIONS_OF_BT_RAY = {
 @cache
 def vllm_options() -> frozenset[str]:
     """The options of vLLM 0.32's server, with underscores. `scripts/list_vllm_options.py` writes the file."""
-    return frozenset(resources.files("bt_ray").joinpath("serving/vllm_options.txt").read_text().split())
+    return frozenset(resources.files("bt_ray").joinpath("settings/vllm_options.txt").read_text().split())
 
 
 class TrainConfig(Section):
