@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from bt_ray.best import load
     from bt_ray.driver import sweep
     from bt_ray.errors import BtRayError
-    from bt_ray.results import Candidate, SweepResult, TrialResult
+    from bt_ray.run_dir.results import Candidate, SweepResult, TrialResult
     from bt_ray.served_models import served
     from bt_ray.settings.config import SweepConfig
     from bt_ray.settings.toml import load_config
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 _HOME = {
     "BtRayError": "errors",
-    "Candidate": "results",
+    "Candidate": "run_dir.results",
     "StepContext": "task",
     "SweepConfig": "settings.config",
-    "SweepResult": "results",
+    "SweepResult": "run_dir.results",
     "Task": "task",
-    "TrialResult": "results",
+    "TrialResult": "run_dir.results",
     "gold_label_teacher": "teachers",
     "load": "best",
     "load_config": "settings.toml",

@@ -23,7 +23,7 @@ from typing import Literal
 
 from bt_ray.child import child_environment
 from bt_ray.errors import ServerError
-from bt_ray.node_disk import node_cache
+from bt_ray.run_dir.node_disk import node_cache
 
 Dtype = Literal["float32", "bfloat16"]
 

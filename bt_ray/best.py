@@ -18,13 +18,13 @@ from bt_ray.lm import ServedEngine
 from bt_ray.local_models import LocalModels
 from bt_ray.location import parent_and_name
 from bt_ray.models import Models
-from bt_ray.node_disk import Scratch
 from bt_ray.remote_models import RemoteModels
-from bt_ray.results import Candidate
+from bt_ray.run_dir.node_disk import Scratch
+from bt_ray.run_dir.results import Candidate
+from bt_ray.run_dir.step_store import StepStore
+from bt_ray.run_dir.storage import Storage, open_storage
 from bt_ray.served_models import ServedModels, assign_versions, serving
 from bt_ray.settings.config import SweepConfig, make_config
-from bt_ray.storage import Storage, open_storage
-from bt_ray.store import StepStore
 from bt_ray.task import TaskFunction, load_task
 from bt_ray.weights import Weights
 

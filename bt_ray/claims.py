@@ -7,7 +7,7 @@ and takes over at once if the claim ends without a commit. `bt_ray.actors.step_c
 import asyncio
 from dataclasses import dataclass, field
 
-from bt_ray.results import StepFailure
+from bt_ray.run_dir.results import StepFailure
 
 
 @dataclass

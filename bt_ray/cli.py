@@ -18,7 +18,7 @@ from bt_ray.settings.toml import load_config
 
 if TYPE_CHECKING:
     from bt_ray.jobs import Jobs
-    from bt_ray.storage import Storage
+    from bt_ray.run_dir.storage import Storage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -162,8 +162,8 @@ def plan(
         from bt_ray.plan import make_plan
         from bt_ray.preflight import check_sweep
         from bt_ray.report.steps import plan_lines, step_tree
-        from bt_ray.storage import open_storage
-        from bt_ray.store import StepStore
+        from bt_ray.run_dir.step_store import StepStore
+        from bt_ray.run_dir.storage import open_storage
 
         where = run_directory(config)
         checked = check_sweep(config, where, accept_changes=True)
@@ -188,7 +188,7 @@ def steps(run_dir: RunDirArgument) -> None:
     """
     with _told_errors():
         from bt_ray.report.steps import step_tree
-        from bt_ray.run_directory import read_steps
+        from bt_ray.run_dir.run_directory import read_steps
 
         keys, finished = read_steps(_existing(run_dir))
         Console().print(step_tree(keys, finished), soft_wrap=True)
@@ -264,9 +264,9 @@ def prune(
     Example: bt-ray prune runs/today
     """
     with _told_errors():
-        from bt_ray.prune import find_prunable
-        from bt_ray.prune import prune as remove
-        from bt_ray.run_lock import held
+        from bt_ray.run_dir.lock import held
+        from bt_ray.run_dir.prune import find_prunable
+        from bt_ray.run_dir.prune import prune as remove
 
         storage = _existing(run_dir)
         found = find_prunable(storage, only_best=only_best)
@@ -474,7 +474,7 @@ def main() -> None:
 
 def _existing(run_dir: str) -> "Storage":
     """The storage of a run directory that a person named."""
-    from bt_ray.storage import open_storage
+    from bt_ray.run_dir.storage import open_storage
 
     return open_storage(run_dir if "://" in run_dir else str(Path(run_dir).expanduser().resolve()))
 

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from bt_ray.errors import ResourcesError, amount
-from bt_ray.event_log import EventLog
 from bt_ray.events import Connected, Event, ServerChanged, ServerDid, ServerReplaced, Stage
 from bt_ray.resources import check_resources
+from bt_ray.run_dir.event_log import EventLog
+from bt_ray.run_dir.storage import Storage
 from bt_ray.settings.config import SweepConfig
-from bt_ray.storage import Storage
 from bt_ray.weights import Weights
 
 Listener = Callable[[Event], None]

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from bt_ray.results import Candidate, SweepResult
+from bt_ray.run_dir.results import Candidate, SweepResult
 
 RESAMPLES = 9_999
 LEVEL = 0.95

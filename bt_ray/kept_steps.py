@@ -19,10 +19,10 @@ from bt_ray.errors import InfrastructureError, InfrastructureFailure, StepFailed
 from bt_ray.failures import Side, side_of
 from bt_ray.fingerprint import versions
 from bt_ray.lm import Usage
-from bt_ray.results import StepFailure, failure_of
+from bt_ray.run_dir.results import StepFailure, failure_of
+from bt_ray.run_dir.step_store import FinishedStep, StepStore, attempt_name
 from bt_ray.served_models import ServedModels, api_models_of, assign_versions, weights_of
 from bt_ray.step import StepKey
-from bt_ray.store import FinishedStep, StepStore, attempt_name
 from bt_ray.weights import Weights
 
 VISIBLE_S = 60.0

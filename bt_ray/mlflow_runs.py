@@ -17,9 +17,9 @@ from tenacity import Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from bt_ray.errors import ConfigError
 from bt_ray.events import Event, Stage, StepFinished, TrialEnded, TrialStarted
-from bt_ray.results import SweepResult, TrialResult, best_so_far
+from bt_ray.run_dir.results import SweepResult, TrialResult, best_so_far
+from bt_ray.run_dir.storage import Storage
 from bt_ray.settings.config import SweepConfig
-from bt_ray.storage import Storage
 from bt_ray.strategy import length, step_label, variant_name
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from bt_ray.errors import StorageError
 from bt_ray.layout import WEIGHTS
-from bt_ray.node_disk import CACHE_VARIABLE, node_cache
-from bt_ray.storage import PART, Storage, remove_parts
+from bt_ray.run_dir.node_disk import CACHE_VARIABLE, node_cache
+from bt_ray.run_dir.storage import PART, Storage, remove_parts
 from bt_ray.weights import MANIFEST, Weights, file_digests
 
 RESERVE = 0.05

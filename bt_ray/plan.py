@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+from bt_ray.run_dir.step_store import FinishedStep
 from bt_ray.step import StepKey
-from bt_ray.store import FinishedStep
 from bt_ray.strategy import BASELINE, SEPARATOR, length, prefixes
 
 

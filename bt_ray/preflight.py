@@ -18,7 +18,7 @@ from bt_ray.failure_latch import FailureLatch
 from bt_ray.fingerprint import step_keys
 from bt_ray.lm import ServedEngine, student_lm
 from bt_ray.models import NoModels
-from bt_ray.run_directory import check_run_directory
+from bt_ray.run_dir.run_directory import check_run_directory
 from bt_ray.served_models import ServedModels, serving, weights_of
 from bt_ray.settings.config import EveryStrategy, ServerConfig, StrategySearch, SweepConfig
 from bt_ray.settings.space import Variant, variants

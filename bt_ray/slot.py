@@ -22,13 +22,13 @@ from bt_ray.errors import BtRayError, ServerError, StorageError, TrainingError
 from bt_ray.known_answers import KnownAnswers, Unverified, expects_swap
 from bt_ray.layout import LOGS
 from bt_ray.models import Endpoint
-from bt_ray.node_disk import Scratch
 from bt_ray.node_weights import NodeWeights
+from bt_ray.run_dir.node_disk import Scratch
+from bt_ray.run_dir.storage import Storage
 from bt_ray.serving.checkpoint import Layout, checkpoint_folder, layout_difference, read_layout
 from bt_ray.serving.server import ServerProcess, server_dtype
 from bt_ray.serving.watch import Watch
 from bt_ray.settings.config import ServerConfig, TrainConfig
-from bt_ray.storage import Storage
 from bt_ray.training.job import TrainJob, finish_training, read_progress, start_training, training_dtype, training_key
 from bt_ray.trainings import Attempt, Trainings
 from bt_ray.weights import Weights, new_weights_id

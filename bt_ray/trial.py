@@ -22,9 +22,9 @@ from bt_ray.errors import BtRayError, InfrastructureError, InfrastructureFailure
 from bt_ray.failures import Side, side_of
 from bt_ray.layout import SCRATCH, TRIAL_FAILURE, TRIAL_LOG, TRIALS
 from bt_ray.mlflow_runs import traced
-from bt_ray.results import Candidate, StepFailure, failure_of
+from bt_ray.run_dir.results import Candidate, StepFailure, failure_of
+from bt_ray.run_dir.step_store import FinishedStep
 from bt_ray.spread_evaluation import opened_evaluator
-from bt_ray.store import FinishedStep
 from bt_ray.strategy import BASELINE, SEPARATOR, steps_to_come
 from bt_ray.trial_setup import TrialSetup, dspy_settings, log_file, student, work_folder
 

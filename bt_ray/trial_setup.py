@@ -13,11 +13,11 @@ from ray.actor import ActorHandle
 
 from bt_ray.errors import StorageError
 from bt_ray.layout import TRIAL_LOG
-from bt_ray.node_disk import Scratch
+from bt_ray.run_dir.node_disk import Scratch
+from bt_ray.run_dir.step_store import StepStore
+from bt_ray.run_dir.storage import Storage, open_storage
 from bt_ray.settings.config import SweepConfig
 from bt_ray.step import StepKey
-from bt_ray.storage import Storage, open_storage
-from bt_ray.store import StepStore
 
 if TYPE_CHECKING:
     from bt_ray.task import TaskFunction

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bt_ray.errors import StorageError
 from bt_ray.events import Event, Stage, StepFinished, TrialLost, TrialStarted
-from bt_ray.node_disk import Scratch
+from bt_ray.run_dir.node_disk import Scratch
 from bt_ray.search_walk import SearchWalk
 from bt_ray.strategy import SEPARATOR
 from bt_ray.tune_loggers import tune_loggers

@@ -30,9 +30,9 @@ from support.scripted_model import write_model  # noqa: E402
 from bt_ray.actors.server_pool import ServerPool, ServerSettings  # noqa: E402
 from bt_ray.actors.step_claims import RemoteClaims, StepClaims  # noqa: E402
 from bt_ray.placement_state import Policy  # noqa: E402
+from bt_ray.run_dir.step_store import FinishedStep, StepStore, attempt_name  # noqa: E402
+from bt_ray.run_dir.storage import open_storage  # noqa: E402
 from bt_ray.settings.config import ServerConfig  # noqa: E402
-from bt_ray.storage import open_storage  # noqa: E402
-from bt_ray.store import FinishedStep, StepStore, attempt_name  # noqa: E402
 from bt_ray.weights import base_weights  # noqa: E402
 
 PARTS = ("claim", "lease", "write", "commit", "read back", "in all")

@@ -142,8 +142,8 @@ def spread(processes: list[int], count: int, in_flight: int, repeats: int) -> No
 
     import bt_ray
     from bt_ray.cluster import DRIVER_ENVIRONMENT
-    from bt_ray.run_directory import read_steps
-    from bt_ray.storage import open_storage
+    from bt_ray.run_dir.run_directory import read_steps
+    from bt_ray.run_dir.storage import open_storage
 
     rates: dict[int, list[float]] = {number: [] for number in processes}
     with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ from ray.actor import ActorHandle
 from bt_ray.actors.calls import ask
 from bt_ray.actors.liveness import this_actor, until_dead
 from bt_ray.claims import ClaimTable
-from bt_ray.results import StepFailure
+from bt_ray.run_dir.results import StepFailure
 
 
 @ray.remote(num_cpus=0)

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bt_ray.comparison import Interval, Verdict, interval, verdict
-from bt_ray.kept_examples import KeptExample, examples_file, read_examples
 from bt_ray.layout import CONFIG, EVENTS, RESULT, STATUS, TRAININGS, WEIGHTS
-from bt_ray.results import SweepResult, TrialResult
-from bt_ray.run_directory import read_steps
-from bt_ray.state import SweepState
+from bt_ray.run_dir.examples import KeptExample, examples_file, read_examples
+from bt_ray.run_dir.results import SweepResult, TrialResult
+from bt_ray.run_dir.run_directory import read_steps
+from bt_ray.run_dir.status_file import SweepState
+from bt_ray.run_dir.step_store import FinishedStep, StepStore
+from bt_ray.run_dir.storage import Storage
 from bt_ray.step import StepKey
-from bt_ray.storage import Storage
-from bt_ray.store import FinishedStep, StepStore
 from bt_ray.strategy import SEPARATOR, prefixes
 from bt_ray.weights import MANIFEST
 

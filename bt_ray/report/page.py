@@ -12,12 +12,12 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from bt_ray.kept_examples import KeptExample
 from bt_ray.report import figures
 from bt_ray.report.data import Cost, Node, Predictor, Report
 from bt_ray.report.state import headline
 from bt_ray.report.table import errors_in_words, percent, trial_label
-from bt_ray.results import Candidate
+from bt_ray.run_dir.examples import KeptExample
+from bt_ray.run_dir.results import Candidate
 from bt_ray.strategy import variant_name
 
 TEMPLATE = "page.html.jinja"

@@ -22,7 +22,7 @@ from bt_ray.events import (
 )
 from bt_ray.report.state import server_table, trial_table
 from bt_ray.report.table import errors_in_words, percent
-from bt_ray.state import OfATrial, SweepState
+from bt_ray.run_dir.status_file import OfATrial, SweepState
 
 TRAINING_LINES_S = 30
 """Seconds between two lines about one training, where there is no live table."""

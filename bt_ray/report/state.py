@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bt_ray.report.table import percent, trial_label
-from bt_ray.state import WORD_S, SweepState, TrialState
+from bt_ray.run_dir.status_file import WORD_S, SweepState, TrialState
 
 SILENT = 4 * WORD_S
 """Seconds without a word after which a sweep is taken for dead."""

@@ -7,8 +7,8 @@ from rich.tree import Tree
 
 from bt_ray.plan import Plan
 from bt_ray.report.table import percent
+from bt_ray.run_dir.step_store import FinishedStep
 from bt_ray.step import StepKey
-from bt_ray.store import FinishedStep
 from bt_ray.strategy import SEPARATOR
 
 

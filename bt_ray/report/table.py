@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bt_ray.comparison import interval, verdict
-from bt_ray.results import Candidate, SweepResult
+from bt_ray.run_dir.results import Candidate, SweepResult
 from bt_ray.strategy import length, variant_name
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bt_ray.run_directory import read_steps
-from bt_ray.storage import open_storage
-from bt_ray.store import FinishedStep
+from bt_ray.run_dir.run_directory import read_steps
+from bt_ray.run_dir.step_store import FinishedStep
+from bt_ray.run_dir.storage import open_storage
 from simulation.schedules import trains
 from simulation.sweep import Times
 

@@ -12,10 +12,10 @@ from support.made_sweep import EXAMPLES, HOSTILE, IMAGE, LONG, example, made_swe
 from typer.testing import CliRunner
 
 from bt_ray.cli import app
-from bt_ray.kept_examples import examples_file, keep_examples
+from bt_ray.run_dir.examples import examples_file, keep_examples
+from bt_ray.run_dir.step_store import StepStore
+from bt_ray.run_dir.storage import open_storage
 from bt_ray.step import StepKey
-from bt_ray.storage import open_storage
-from bt_ray.store import StepStore
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 QUIET = ["--no-sandbox", "--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"]

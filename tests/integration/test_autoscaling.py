@@ -26,7 +26,7 @@ from support.scripted_model import write_model
 from support.sweep_files import toml
 
 import bt_ray
-from bt_ray.storage import open_storage
+from bt_ray.run_dir.storage import open_storage
 
 pytestmark = pytest.mark.long
 LIMIT = 3

@@ -10,7 +10,7 @@ import pytest
 from support.processes import MarkedProcesses, kill_all, wait_for
 from support.sweep_files import toml
 
-from bt_ray.storage import open_storage
+from bt_ray.run_dir.storage import open_storage
 
 SCORES = {"": 20.0, "p": 40.0, "p -> w": 70.0}
 

@@ -15,7 +15,7 @@ from support.running_api import Api, running_api
 from support.scripted_answers import instruction
 
 import bt_ray
-from bt_ray.results import Candidate
+from bt_ray.run_dir.results import Candidate
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

@@ -18,8 +18,8 @@ from support.scripted_model import write_model
 
 from bt_ray.errors import ServerError, TrainingError
 from bt_ray.placement_state import Policy
+from bt_ray.run_dir.storage import open_storage
 from bt_ray.settings.config import make_config
-from bt_ray.storage import open_storage
 from bt_ray.weights import MANIFEST, Weights, base_weights, fine_tuned
 
 pytestmark = pytest.mark.usefixtures("local_ray")

@@ -17,7 +17,7 @@ from support.sweep_files import toml
 from test_no_orphans import SCORES, RunningSweep
 
 import bt_ray
-from bt_ray.storage import Storage, open_storage
+from bt_ray.run_dir.storage import Storage, open_storage
 
 Computed = Callable[[], Counter[str]]
 ON_A_DISK = pytest.mark.parametrize("settings", ["filesystem"], indirect=True)

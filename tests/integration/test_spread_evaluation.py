@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from support.processes import MarkedProcesses, wait_for
 
 import bt_ray
-from bt_ray.run_directory import read_steps
+from bt_ray.run_dir.run_directory import read_steps
+from bt_ray.run_dir.storage import open_storage
 from bt_ray.spread_evaluation import gathered, shares, spread
-from bt_ray.storage import open_storage
 
 THREE = {"processes": 3}
 

@@ -18,7 +18,7 @@ from support.scripted_model import write_model
 from support.slot_host import Host, ask
 
 from bt_ray.errors import InfrastructureError, StorageError
-from bt_ray.storage import Directory
+from bt_ray.run_dir.storage import Directory
 from bt_ray.weights import MANIFEST, Weights, fine_tuned
 
 

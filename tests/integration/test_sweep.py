@@ -10,8 +10,8 @@ from conftest import MARK, SCRIPTED_SCORES, SUPPORT
 from support.processes import MarkedProcesses, wait_for
 
 import bt_ray
-from bt_ray.run_directory import read_steps
-from bt_ray.storage import open_storage
+from bt_ray.run_dir.run_directory import read_steps
+from bt_ray.run_dir.storage import open_storage
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

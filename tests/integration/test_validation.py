@@ -15,9 +15,9 @@ from support import known
 
 import bt_ray
 from bt_ray.events import StepFinished
-from bt_ray.kept_examples import KeptExample, read_examples
 from bt_ray.layout import EXAMPLES
-from bt_ray.storage import open_storage
+from bt_ray.run_dir.examples import KeptExample, read_examples
+from bt_ray.run_dir.storage import open_storage
 from bt_ray.strategy import prefixes
 
 pytestmark = pytest.mark.usefixtures("local_ray")

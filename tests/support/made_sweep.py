@@ -8,12 +8,12 @@ from typing import Any
 
 import dspy
 
-from bt_ray.kept_examples import examples_file, keep_examples
-from bt_ray.results import SweepResult, TrialResult
-from bt_ray.state import SweepState, TrialState
+from bt_ray.run_dir.examples import examples_file, keep_examples
+from bt_ray.run_dir.results import SweepResult, TrialResult
+from bt_ray.run_dir.status_file import SweepState, TrialState
+from bt_ray.run_dir.step_store import FinishedStep, StepStore
+from bt_ray.run_dir.storage import Directory
 from bt_ray.step import StepKey
-from bt_ray.storage import Directory
-from bt_ray.store import FinishedStep, StepStore
 from bt_ray.strategy import SEPARATOR, prefixes
 
 BEGAN = 1_700_000_000.0

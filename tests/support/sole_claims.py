@@ -11,12 +11,12 @@ from bt_ray.evaluation import LocalEvaluator
 from bt_ray.fingerprint import digest
 from bt_ray.kept_steps import KeptSteps
 from bt_ray.lm import ServedEngine, ServedLM, assign_lm
-from bt_ray.results import StepFailure
+from bt_ray.run_dir.results import StepFailure
+from bt_ray.run_dir.step_store import FinishedStep, StepStore
+from bt_ray.run_dir.storage import open_storage
 from bt_ray.served_models import ServedModels
 from bt_ray.settings.config import make_config
 from bt_ray.step import StepKey
-from bt_ray.storage import open_storage
-from bt_ray.store import FinishedStep, StepStore
 from bt_ray.strategy import parent, prefixes
 from bt_ray.task import Task
 

@@ -14,9 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from test_store import STEP
 
 from bt_ray.claims import ClaimTable
-from bt_ray.results import StepFailure
-from bt_ray.storage import Directory, Storage, open_storage
-from bt_ray.store import StepStore, attempt_name
+from bt_ray.run_dir.results import StepFailure
+from bt_ray.run_dir.step_store import StepStore, attempt_name
+from bt_ray.run_dir.storage import Directory, Storage, open_storage
 
 KEYS = ["a", "b", "c"]
 WORKERS = range(4)

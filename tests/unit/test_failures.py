@@ -18,8 +18,8 @@ from bt_ray.failure_latch import FailureLatch
 from bt_ray.failures import Side, side_of
 from bt_ray.lm import EmptyTrainingSet, ServedEngine, served_lm
 from bt_ray.models import Endpoint
+from bt_ray.run_dir.storage import Directory, open_storage
 from bt_ray.settings.config import LMConfig
-from bt_ray.storage import Directory, open_storage
 from bt_ray.weights import Weights
 
 BASE = Weights("base", "/base")

@@ -5,10 +5,10 @@ from dataclasses import replace
 import dspy
 import pytest
 
-from bt_ray.kept_examples import KeptExample, examples_file, keep_examples, read_examples
 from bt_ray.layout import EXAMPLES
+from bt_ray.run_dir.examples import KeptExample, examples_file, keep_examples, read_examples
+from bt_ray.run_dir.storage import Storage
 from bt_ray.step import StepKey
-from bt_ray.storage import Storage
 
 FILE = f"{EXAMPLES}/some.json"
 BASELINE = StepKey("", "k", "", {"trainset": "t", "valset": "v", "evaluation": "e", "seed": "s"}, False)

@@ -12,7 +12,7 @@ from bt_ray.errors import InfrastructureError, InfrastructureFailure, StorageErr
 from bt_ray.failure_latch import FailureLatch
 from bt_ray.lm import ServedEngine
 from bt_ray.models import NoModels
-from bt_ray.store import StepStore
+from bt_ray.run_dir.step_store import StepStore
 
 
 class LostClaims(SoleClaims):

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from bt_ray.errors import StorageError
-from bt_ray.node_disk import Scratch, node_cache
+from bt_ray.run_dir.node_disk import Scratch, node_cache
 
 HOLD = """
 import sys, time
-from bt_ray.node_disk import Scratch
+from bt_ray.run_dir.node_disk import Scratch
 held = Scratch("held")
 print(held.folder, flush=True)
 time.sleep(600)

@@ -14,7 +14,7 @@ from support.processes import wait_for
 
 from bt_ray.errors import StorageError
 from bt_ray.node_weights import NodeWeights
-from bt_ray.storage import Directory, Storage
+from bt_ray.run_dir.storage import Directory, Storage
 from bt_ray.weights import MANIFEST, Weights, fine_tuned
 
 

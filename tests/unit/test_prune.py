@@ -6,7 +6,7 @@ import pytest
 from support.made_sweep import made_sweep
 
 from bt_ray.errors import ConfigError
-from bt_ray.prune import find_prunable
+from bt_ray.run_dir.prune import find_prunable
 
 
 def test_before_there_is_a_best_program_only_best_removes_nothing(tmp_path: Path) -> None:

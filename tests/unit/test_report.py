@@ -9,7 +9,7 @@ from rich.console import Console
 from bt_ray.events import ServerChanged, ServerReplaced, Stage, StepFinished, TrialEnded, TrialStarted, TrialWaits
 from bt_ray.report.progress import Progress
 from bt_ray.report.table import closing_lines, result_table, spread_table
-from bt_ray.results import Candidate, Expected, SweepResult, TrialResult
+from bt_ray.run_dir.results import Candidate, Expected, SweepResult, TrialResult
 
 EVENTS = [
     Stage("Running 2 strategies"),

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bt_ray.results import Candidate, SweepResult, TrialResult
+from bt_ray.run_dir.results import Candidate, SweepResult, TrialResult
 from bt_ray.strategy import length, prefixes
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from bt_ray.errors import ConfigError
-from bt_ray.run_directory import check_run_directory, prepare_run_directory, read_steps
+from bt_ray.run_dir.run_directory import check_run_directory, prepare_run_directory, read_steps
+from bt_ray.run_dir.step_store import FinishedStep, StepStore
+from bt_ray.run_dir.storage import Directory
 from bt_ray.settings.config import make_config
 from bt_ray.step import KIND, StepKey
-from bt_ray.storage import Directory
-from bt_ray.store import FinishedStep, StepStore
 
 CONFIG = make_config({"task": "m:f", "strategies": ["p"]})
 BASELINE = StepKey("", "k0", "", {"metric": "m0", "program": "g0"}, False, {"function f in task.py": "1"}, KIND)

@@ -6,16 +6,16 @@ import time
 
 import pytest
 
-from bt_ray import run_lock
 from bt_ray.errors import ConfigError, StorageError
 from bt_ray.layout import LOCK
-from bt_ray.run_lock import held
-from bt_ray.storage import Storage
+from bt_ray.run_dir import lock as run_lock
+from bt_ray.run_dir.lock import held
+from bt_ray.run_dir.storage import Storage
 
 HOLD = """
 import sys, time
-from bt_ray.run_lock import held
-from bt_ray.storage import open_storage
+from bt_ray.run_dir.lock import held
+from bt_ray.run_dir.storage import open_storage
 with held(open_storage(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

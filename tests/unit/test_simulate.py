@@ -19,7 +19,7 @@ from simulation.measured import alone_seconds, busy_seconds, held_leases
 from simulation.schedules import best_makespan, lower_bound
 from simulation.sweep import Simulation, Switches, Times
 
-from bt_ray.store import FinishedStep
+from bt_ray.run_dir.step_store import FinishedStep
 from bt_ray.strategy import BASELINE, all_prefixes, every, parent
 
 EXACT = Times(start=10, swap=1, train=100, prompt=50, evaluate=20, trial=3, spread=0)

@@ -9,7 +9,7 @@ from support.object_store import ObjectStore
 
 from bt_ray.errors import ConfigError, StorageError
 from bt_ray.location import check_location, parent_and_name
-from bt_ray.storage import Directory, Storage, on_own_disk, open_storage
+from bt_ray.run_dir.storage import Directory, Storage, on_own_disk, open_storage
 
 
 def test_a_file_is_read_as_it_was_written(storage: Storage) -> None:
@@ -145,6 +145,6 @@ def test_a_location_has_a_parent() -> None:
 def test_a_disk_of_this_machine_is_told_from_a_network_filesystem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mounts = f"1 0 8:1 / / rw - ext4 /dev/sda rw\n2 1 0:3 / {tmp_path} rw shared:1 - nfs4 host:/x rw\n"
     (tmp_path / "mountinfo").write_text(mounts)
-    monkeypatch.setattr("bt_ray.storage.MOUNTS", tmp_path / "mountinfo")
+    monkeypatch.setattr("bt_ray.run_dir.storage.MOUNTS", tmp_path / "mountinfo")
     assert on_own_disk(Path("/home"))
     assert not on_own_disk(tmp_path / "not" / "there" / "yet")

@@ -21,7 +21,7 @@ from bt_ray.events import (
     TrialWaits,
 )
 from bt_ray.layout import STATUS
-from bt_ray.storage import Storage
+from bt_ray.run_dir.storage import Storage
 from bt_ray.strategy import BASELINE, prefixes
 
 SCHEMA_VERSION = 1

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from bt_ray.errors import StepFailed, StorageError
 from bt_ray.location import parent_and_name
-from bt_ray.storage import open_storage
+from bt_ray.run_dir.storage import open_storage
 from bt_ray.strategy import length
 
 SCHEMA_VERSION = 1

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 from bt_ray.errors import ConfigError
 from bt_ray.layout import BEST, BEST_MANIFEST, CHECKPOINTS, TRAININGS, WEIGHTS
-from bt_ray.run_directory import read_steps
-from bt_ray.storage import Storage
+from bt_ray.run_dir.run_directory import read_steps
+from bt_ray.run_dir.storage import Storage
 
 
 @dataclass(frozen=True)

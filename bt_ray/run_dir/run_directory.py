@@ -6,10 +6,10 @@ from typing import Any
 
 from bt_ray.errors import ConfigError, StorageError
 from bt_ray.layout import CONFIG, RESULT, STATUS, SWEEP, TRIALS
+from bt_ray.run_dir.step_store import FinishedStep, StepStore
+from bt_ray.run_dir.storage import Storage, open_storage
 from bt_ray.settings.config import SweepConfig
 from bt_ray.step import KIND, StepKey
-from bt_ray.storage import Storage, open_storage
-from bt_ray.store import FinishedStep, StepStore
 from bt_ray.strategy import length
 
 MOST_NAMED = 8

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from bt_ray.errors import StorageError
 from bt_ray.events import Recorded, event_line
 from bt_ray.layout import EVENTS
-from bt_ray.storage import Storage
+from bt_ray.run_dir.storage import Storage
 
 OBJECT_S = 30.0
 """Seconds between two writes to an object store, which can only write all of it again."""

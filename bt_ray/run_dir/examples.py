@@ -11,8 +11,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from bt_ray.layout import EXAMPLES
+from bt_ray.run_dir.storage import Storage
 from bt_ray.step import StepKey
-from bt_ray.storage import Storage
 
 if TYPE_CHECKING:
     import dspy

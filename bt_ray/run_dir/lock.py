@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bt_ray.errors import ConfigError, StorageError
 from bt_ray.layout import LOCK
-from bt_ray.storage import Storage
+from bt_ray.run_dir.storage import Storage
 
 BEAT_S = 3.0
 DEAD_AFTER_S = 15.0

@@ -14,8 +14,8 @@ from typing import Any
 
 from bt_ray.errors import StorageError
 from bt_ray.layout import STEPS, WEIGHTS
-from bt_ray.results import Candidate
-from bt_ray.storage import Storage
+from bt_ray.run_dir.results import Candidate
+from bt_ray.run_dir.storage import Storage
 from bt_ray.weights import MANIFEST, Weights, fine_tuned
 
 SCHEMA_VERSION = 1

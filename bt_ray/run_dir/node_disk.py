@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from bt_ray.errors import StorageError
-from bt_ray.storage import on_own_disk
+from bt_ray.run_dir.storage import on_own_disk
 
 CACHE_VARIABLE = "BT_RAY_CACHE"
 LOCK = ".lock"
