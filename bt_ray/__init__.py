@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from bt_ray.served_models import served
     from bt_ray.settings.config import SweepConfig
     from bt_ray.settings.toml import load_config
-    from bt_ray.task import StepContext, Task
-    from bt_ray.teachers import gold_label_teacher
+    from bt_ray.task.task import StepContext, Task
+    from bt_ray.task.teachers import gold_label_teacher
 
 _HOME = {
     "BtRayError": "errors",
     "Candidate": "run_dir.results",
-    "StepContext": "task",
+    "StepContext": "task.task",
     "SweepConfig": "settings.config",
     "SweepResult": "run_dir.results",
-    "Task": "task",
+    "Task": "task.task",
     "TrialResult": "run_dir.results",
-    "gold_label_teacher": "teachers",
+    "gold_label_teacher": "task.teachers",
     "load": "best",
     "load_config": "settings.toml",
     "served": "served_models",

@@ -25,7 +25,7 @@ from bt_ray.run_dir.step_store import StepStore
 from bt_ray.run_dir.storage import Storage, open_storage
 from bt_ray.served_models import ServedModels, assign_versions, serving
 from bt_ray.settings.config import SweepConfig, make_config
-from bt_ray.task import TaskFunction, load_task
+from bt_ray.task.task import TaskFunction, load_task
 from bt_ray.weights import Weights
 
 

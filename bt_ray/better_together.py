@@ -25,8 +25,8 @@ from bt_ray.evaluation import Evaluator, Limits, LostAnswers, Scores
 from bt_ray.lm import STEP_SETTING, EmptyTrainingSet, ServedEngine, student_lm
 from bt_ray.run_dir.results import StepFailure, failure_of
 from bt_ray.strategy import BASELINE, SEPARATOR
-from bt_ray.task import StepContext, Task, step_seed
-from bt_ray.teachers import stand_in_for
+from bt_ray.task.task import StepContext, Task, step_seed
+from bt_ray.task.teachers import stand_in_for
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,6 @@ from bt_ray.cluster import Listener, cause_of, connected, inside_job, opened_poo
 from bt_ray.cpu_cost import describe_here
 from bt_ray.errors import ConfigError, InfrastructureError, TaskError
 from bt_ray.events import Event, Stage, StepFinished, TrialEnded, TrialWaits
-from bt_ray.fingerprint import digest
 from bt_ray.layout import RESULT, TRIALS
 from bt_ray.mlflow_runs import mlflow_runs
 from bt_ray.preflight import CheckedSweep, check_sweep
@@ -29,7 +28,8 @@ from bt_ray.search_walk import SearchWalk
 from bt_ray.settings.config import StrategySearch, SweepConfig, make_config
 from bt_ray.settings.toml import with_absolute_paths
 from bt_ray.strategy import BASELINE, parent, prefixes, start_order
-from bt_ray.task import TaskFunction, task_spec
+from bt_ray.task.fingerprint import digest
+from bt_ray.task.task import TaskFunction, task_spec
 from bt_ray.tuning import Trial, run_search, run_trials
 
 if TYPE_CHECKING:

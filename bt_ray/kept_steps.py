@@ -17,12 +17,12 @@ import dspy
 from bt_ray.better_together import StepOutcome
 from bt_ray.errors import InfrastructureError, InfrastructureFailure, StepFailed
 from bt_ray.failures import Side, side_of
-from bt_ray.fingerprint import versions
 from bt_ray.lm import Usage
 from bt_ray.run_dir.results import StepFailure, failure_of
 from bt_ray.run_dir.step_store import FinishedStep, StepStore, attempt_name
 from bt_ray.served_models import ServedModels, api_models_of, assign_versions, weights_of
 from bt_ray.step import StepKey
+from bt_ray.task.fingerprint import versions
 from bt_ray.weights import Weights
 
 VISIBLE_S = 60.0

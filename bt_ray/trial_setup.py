@@ -20,7 +20,7 @@ from bt_ray.settings.config import SweepConfig
 from bt_ray.step import StepKey
 
 if TYPE_CHECKING:
-    from bt_ray.task import TaskFunction
+    from bt_ray.task.task import TaskFunction
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def student(setup: TrialSetup, holder: str, threads: int) -> Iterator[tuple[Any,
     from bt_ray.models import NoModels
     from bt_ray.one_core import one_core
     from bt_ray.served_models import ServedModels, serving
-    from bt_ray.task import load_task
+    from bt_ray.task.task import load_task
 
     config = setup.config
     none = NoModels("This sweep serves no model.")

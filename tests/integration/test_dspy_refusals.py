@@ -16,7 +16,7 @@ from bt_ray.errors import BtRayError, TaskError
 from bt_ray.lm import ServedLM
 from bt_ray.preflight import Checked, check_sweep
 from bt_ray.settings.config import make_config
-from bt_ray.task import Task
+from bt_ray.task.task import Task
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from bt_ray.errors import TaskError
 from bt_ray.lm import ServedLM, ServedProvider
 from bt_ray.settings.config import SweepConfig, make_config
 from bt_ray.strategy import SEPARATOR
-from bt_ray.task import StepContext, Task
+from bt_ray.task.task import StepContext, Task
 
 # What runs, and in which order
 

@@ -28,7 +28,7 @@ from support.sole_claims import sole_walk
 from bt_ray.better_together import StepOutcome
 from bt_ray.lm import ServedLM, assign_lm
 from bt_ray.settings.config import make_config
-from bt_ray.task import StepContext, Task
+from bt_ray.task.task import StepContext, Task
 
 SEED = 3
 

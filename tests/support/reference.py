@@ -6,7 +6,7 @@ from typing import Any
 import dspy
 
 from bt_ray.lm import ServedLM
-from bt_ray.task import StepContext, Task, step_seed
+from bt_ray.task.task import StepContext, Task, step_seed
 
 
 class Reference(dspy.BetterTogether):  # type: ignore[misc]

@@ -8,7 +8,6 @@ import dspy
 
 from bt_ray.better_together import StepOutcome, SweepBetterTogether
 from bt_ray.evaluation import LocalEvaluator
-from bt_ray.fingerprint import digest
 from bt_ray.kept_steps import KeptSteps
 from bt_ray.lm import ServedEngine, ServedLM, assign_lm
 from bt_ray.run_dir.results import StepFailure
@@ -18,7 +17,8 @@ from bt_ray.served_models import ServedModels
 from bt_ray.settings.config import make_config
 from bt_ray.step import StepKey
 from bt_ray.strategy import parent, prefixes
-from bt_ray.task import Task
+from bt_ray.task.fingerprint import digest
+from bt_ray.task.task import Task
 
 
 class SoleClaims:

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from support import tasks
 
 import bt_ray
-from bt_ray.fingerprint import digest, step_keys
 from bt_ray.settings.config import SweepConfig, make_config
 from bt_ray.step import StepKey
-from bt_ray.task import StepContext
+from bt_ray.task.fingerprint import digest, step_keys
+from bt_ray.task.task import StepContext
 from bt_ray.weights import Weights
 
 PREFIXES = ["p", "w", "p -> w", "w -> p"]

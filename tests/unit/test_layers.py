@@ -23,10 +23,7 @@ LAYERS: dict[str, set[str]] = {
     "step": set(),
     "settings": {"errors", "location", "strategy", "weights"},
     "run_dir": {"errors", "location", "layout", "strategy", "weights", "events", "step", "settings"},
-    "metric": set(),
-    "task": {"errors", "metric"},
-    "fingerprint": {"strategy", "weights", "step", "settings", "task"},
-    "teachers": {"errors"},
+    "task": {"errors", "strategy", "weights", "step", "settings"},
     "child": {"errors"},
     "arithmetic": {"errors", "run_dir", "child"},
     "node_weights": {"errors", "layout", "weights", "run_dir"},
@@ -57,11 +54,11 @@ LAYERS: dict[str, set[str]] = {
     "failure_latch": {"errors", "failures"},
     "evaluation": {"errors", "run_dir", "failures", "failure_latch"},
     "lm": {"errors", "weights", "models", "settings", "failures", "failure_latch"},
-    "better_together": {"errors", "strategy", "run_dir", "task", "teachers", "evaluation", "lm"},
+    "better_together": {"errors", "strategy", "run_dir", "task", "evaluation", "lm"},
     "one_core": set(),
     "served_models": {"errors", "weights", "settings", "lm"},
     "kept_steps": {
-        "errors", "weights", "step", "run_dir", "fingerprint", "failures", "lm", "better_together", "served_models",
+        "errors", "weights", "step", "run_dir", "task", "failures", "lm", "better_together", "served_models",
     },
     "trial_setup": {
         "errors", "layout", "models", "step", "settings", "run_dir", "task", "actors", "failure_latch", "lm",
@@ -88,22 +85,22 @@ LAYERS: dict[str, set[str]] = {
     "cpu_cost": {"errors", "weights", "settings", "task", "arithmetic", "serving"},
     "jobs": {"errors"},
     "preflight": {
-        "errors", "strategy", "weights", "models", "step", "settings", "run_dir", "task", "fingerprint", "training",
+        "errors", "strategy", "weights", "models", "step", "settings", "run_dir", "task", "training",
         "failure_latch", "lm", "served_models",
     },
     "search": {"strategy"},
     "search_walk": {"strategy", "settings", "run_dir", "search"},
     "tuning": {"errors", "strategy", "events", "run_dir", "tune_loggers", "trial_setup", "trial", "search_walk"},
     "driver": {
-        "errors", "layout", "strategy", "events", "settings", "run_dir", "task", "fingerprint", "mlflow_runs",
-        "trial_setup", "trial", "best", "cluster", "cpu_cost", "preflight", "search_walk", "tuning",
+        "errors", "layout", "strategy", "events", "settings", "run_dir", "task", "mlflow_runs", "trial_setup",
+        "trial", "best", "cluster", "cpu_cost", "preflight", "search_walk", "tuning",
     },
     "starter": {"errors"},
     "cli": {
         "errors", "settings", "run_dir", "resources", "nodes", "plan", "report", "status", "actors", "best",
         "export", "served_best", "cluster", "cpu_cost", "jobs", "preflight", "driver", "starter",
     },
-    "__init__": {"errors", "settings", "run_dir", "task", "teachers", "served_models", "best", "driver"},
+    "__init__": {"errors", "settings", "run_dir", "task", "served_models", "best", "driver"},
 }  # fmt: skip
 
 RAY_ROOMS = {

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from support.key_pairs import ALL, BOTH, NONE, PAIRS, P, Pair, W
 from support.planned import BUILD, HEAD, METRIC, PROGRAM, alone, keys_of
 
-from bt_ray.fingerprint import digest
-from bt_ray.fingerprint.graph import Mode
-from bt_ray.fingerprint.values import Values
 from bt_ray.step import StepKey
+from bt_ray.task.fingerprint import digest
+from bt_ray.task.fingerprint.graph import Mode
+from bt_ray.task.fingerprint.values import Values
 
 WANTED = {ALL: {"", "p", "w"}, NONE: set(), P: {"p"}, W: {"w"}, BOTH: {"p", "w"}}
 PLAIN = {"task.py": HEAD + PROGRAM + METRIC + BUILD}
@@ -75,7 +75,9 @@ def test_settings_concern_their_steps(values: dict[str, Any], wanted: str) -> No
 def test_the_version_of_a_package_that_code_imports_concerns_what_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"task.py": PLAIN["task.py"].replace("    return example", "    import networkx\n    return example")}
     one = keys_of(files)
-    monkeypatch.setattr("bt_ray.fingerprint.functions.package_version", lambda name: "other" if name == "networkx" else "")
+    monkeypatch.setattr(
+        "bt_ray.task.fingerprint.functions.package_version", lambda name: "other" if name == "networkx" else ""
+    )
     other = keys_of(files)
     assert "" in differing(one, other)
     assert one[""].reached["package networkx"] != other[""].reached["package networkx"]

@@ -8,7 +8,7 @@ from dspy.teleprompt import BootstrapFewShot
 from support import tasks
 
 from bt_ray.errors import TaskError
-from bt_ray.teachers import gold_label_teacher, stand_in_for
+from bt_ray.task.teachers import gold_label_teacher, stand_in_for
 
 EXAMPLES = tasks.examples(range(5))
 

@@ -12,9 +12,9 @@ import dspy
 import pydantic
 from pydantic.fields import FieldInfo
 
-from bt_ray.fingerprint.code import is_installed, is_users_module, own_attribute
-from bt_ray.fingerprint.functions import mentioned_in_text, package_of, pairs
-from bt_ray.fingerprint.graph import Mode, Node, Ref
+from bt_ray.task.fingerprint.code import is_installed, is_users_module, own_attribute
+from bt_ray.task.fingerprint.functions import mentioned_in_text, package_of, pairs
+from bt_ray.task.fingerprint.graph import Mode, Node, Ref
 
 LIBRARIES = ("bt_ray", "dspy", "gepa")
 """Packages whose objects are taken by their attributes, although their code is taken by name."""

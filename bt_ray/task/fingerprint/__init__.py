@@ -6,6 +6,6 @@ object is made of, `functions` and `code` what code is and mentions; `graph` mak
 makes those of steps.
 """
 
-from bt_ray.fingerprint.keys import digest, step_keys, versions
+from bt_ray.task.fingerprint.keys import digest, step_keys, versions
 
 __all__ = ["digest", "step_keys", "versions"]

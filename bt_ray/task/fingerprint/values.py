@@ -19,12 +19,12 @@ import dspy
 import pydantic
 from pydantic.fields import FieldInfo
 
-from bt_ray.fingerprint import functions
-from bt_ray.fingerprint import types as kinds
-from bt_ray.fingerprint.code import own_attribute
-from bt_ray.fingerprint.functions import Package, SourceFile, SourceFolder, pairs
-from bt_ray.fingerprint.graph import Graph, Mode, Node, Reached, Ref, text_hash
-from bt_ray.fingerprint.secrets import is_of_a_client, is_secret
+from bt_ray.task.fingerprint import functions
+from bt_ray.task.fingerprint import types as kinds
+from bt_ray.task.fingerprint.code import own_attribute
+from bt_ray.task.fingerprint.functions import Package, SourceFile, SourceFolder, pairs
+from bt_ray.task.fingerprint.graph import Graph, Mode, Node, Reached, Ref, text_hash
+from bt_ray.task.fingerprint.secrets import is_of_a_client, is_secret
 
 OWN_KEY = "__bt_ray_key__"
 """Of an object that says what it is to a key: a value, or a method that returns one."""

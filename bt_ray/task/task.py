@@ -19,7 +19,7 @@ from dspy.teleprompt.bootstrap_finetune import FinetuneTeleprompter
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from bt_ray.errors import TaskError, nearest
-from bt_ray.metric import adapt_metric, awaited
+from bt_ray.task.metric import adapt_metric, awaited
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import PurePath
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from bt_ray.fingerprint.code import (
+from bt_ray.task.fingerprint.code import (
     Code,
     find_imports,
     is_installed,
@@ -23,8 +23,8 @@ from bt_ray.fingerprint.code import (
     source_files,
     source_folder,
 )
-from bt_ray.fingerprint.graph import ByValue, Mode, Node, Ref
-from bt_ray.fingerprint.secrets import is_secret
+from bt_ray.task.fingerprint.graph import ByValue, Mode, Node, Ref
+from bt_ray.task.fingerprint.secrets import is_secret
 
 OF_A_MODULE = {
     "__builtins__", "__cached__", "__file__", "__loader__", "__name__", "__package__", "__path__", "__spec__",

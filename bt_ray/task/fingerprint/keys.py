@@ -11,15 +11,21 @@ from dspy.teleprompt import SIMBA, MIPROv2
 from dspy.teleprompt.bootstrap_finetune import FinetuneTeleprompter
 from dspy.teleprompt.teleprompt import Teleprompter
 
-from bt_ray.fingerprint.code import distribution_version, forget_places, is_installed, own_attribute, package_version
-from bt_ray.fingerprint.functions import source_text
-from bt_ray.fingerprint.graph import Mode, text_hash
-from bt_ray.fingerprint.types import is_installed_class
-from bt_ray.fingerprint.values import Values
 from bt_ray.settings.config import SweepConfig
 from bt_ray.step import KIND, StepKey
 from bt_ray.strategy import BASELINE, parent
-from bt_ray.task import StepContext, Task
+from bt_ray.task.fingerprint.code import (
+    distribution_version,
+    forget_places,
+    is_installed,
+    own_attribute,
+    package_version,
+)
+from bt_ray.task.fingerprint.functions import source_text
+from bt_ray.task.fingerprint.graph import Mode, text_hash
+from bt_ray.task.fingerprint.types import is_installed_class
+from bt_ray.task.fingerprint.values import Values
+from bt_ray.task.task import StepContext, Task
 from bt_ray.weights import Weights
 
 DIGITS = 16

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
-from bt_ray.fingerprint.graph import text_hash
+from bt_ray.task.fingerprint.graph import text_hash
 
 CONSTANTS = frozenset(dis.hasconst)
 EXTENDED, IMPORT, STORE_NAME = (dis.opmap[name] for name in ("EXTENDED_ARG", "IMPORT_NAME", "STORE_NAME"))
@@ -176,7 +176,7 @@ def is_installed(file: str) -> bool:
 def _library_roots() -> tuple[Path, ...]:
     paths = sysconfig.get_paths()
     roots = {paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    roots |= {*site.getsitepackages(), site.getusersitepackages(), str(Path(__file__).parents[1])}
+    roots |= {*site.getsitepackages(), site.getusersitepackages(), str(Path(__file__).parents[2])}
     return tuple(Path(root).resolve() for root in roots)
 
 
