@@ -18,10 +18,10 @@ from typing import Any
 
 import dspy
 
-from bt_ray.arithmetic import Arithmetic, cpu_arithmetic
 from bt_ray.errors import amount
-from bt_ray.serving.checkpoint import TIED, checkpoint_folder, read_layout
 from bt_ray.settings.config import ServerConfig, SweepConfig
+from bt_ray.slot.arithmetic import Arithmetic, cpu_arithmetic
+from bt_ray.slot.serving.checkpoint import TIED, checkpoint_folder, read_layout
 from bt_ray.task.task import Task
 from bt_ray.weights import Weights, model_name
 

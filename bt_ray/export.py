@@ -12,10 +12,10 @@ from typing import Any
 from bt_ray.best import Kept, find_best
 from bt_ray.errors import ConfigError
 from bt_ray.layout import RESULT
-from bt_ray.node_weights import NodeWeights
 from bt_ray.run_dir.node_disk import Scratch
 from bt_ray.run_dir.results import SweepResult
 from bt_ray.run_dir.run_directory import read_steps
+from bt_ray.slot.node_weights import NodeWeights
 from bt_ray.weights import MANIFEST as WEIGHTS_MANIFEST
 from bt_ray.weights import Weights
 

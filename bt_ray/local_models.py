@@ -12,7 +12,7 @@ from bt_ray.errors import TaskError
 from bt_ray.models import Conversation, Endpoint
 from bt_ray.run_dir.storage import Storage
 from bt_ray.settings.config import ServerConfig
-from bt_ray.slot import Slot
+from bt_ray.slot.slot import Slot
 from bt_ray.weights import Weights
 
 

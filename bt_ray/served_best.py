@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from bt_ray.best import Kept
-from bt_ray.child import open_port
 from bt_ray.errors import ConfigError
 from bt_ray.models import Endpoint
-from bt_ray.slot import Slot, SlotStatus
+from bt_ray.slot.child import open_port
+from bt_ray.slot.slot import Slot, SlotStatus
 from bt_ray.weights import Weights
 
 LOOK_S = 1.0

@@ -30,7 +30,7 @@ class Weights:
     Attributes:
         id: Names the content; the `model` of requests.
         path: Of a base model: its folder, or its model id of the hub. Of a fine-tune: its folder, relative to the run
-            directory until a node made it loadable (`bt_ray.node_weights`).
+            directory until a node made it loadable (`bt_ray.slot.node_weights`).
         parent: The id of the weights that were fine-tuned into these, None for a base model.
         revision: Of a model of the hub; None for its default, and for a folder.
         on: Of a LoRA adapter: the base model that it is loaded onto. None for a whole checkpoint.

@@ -26,7 +26,7 @@ import httpx
 from bt_ray.models import Endpoint
 from bt_ray.run_dir.storage import open_storage
 from bt_ray.settings.config import ServerConfig, TrainConfig
-from bt_ray.slot import Slot
+from bt_ray.slot.slot import Slot
 from bt_ray.weights import Weights, base_weights
 
 LABELS = ("amber", "cobalt", "jade")

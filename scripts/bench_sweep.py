@@ -242,7 +242,7 @@ def looped(values: dict[str, Any]) -> dict[str, Any]:
 
     from bt_ray.lm import assign_lm
     from bt_ray.settings.config import make_config
-    from bt_ray.slot import Slot
+    from bt_ray.slot.slot import Slot
     from bt_ray.task.task import load_task
     from bt_ray.task.teachers import stand_in_for
 

@@ -29,9 +29,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Printe
 from trl import SFTTrainer
 
 from bt_ray.settings.config import ServerConfig, TrainConfig
-from bt_ray.training.job import TrainJob, training_dtype
-from bt_ray.training.main import trainable_conversations
-from bt_ray.training.trainer import CpuTrainer, Trainer, make_trainer
+from bt_ray.slot.training.job import TrainJob, training_dtype
+from bt_ray.slot.training.main import trainable_conversations
+from bt_ray.slot.training.trainer import CpuTrainer, Trainer, make_trainer
 from bt_ray.weights import Weights
 
 SHAPES: Mapping[str, Mapping[str, int]] = {
@@ -208,7 +208,7 @@ def measured(
 
 
 def model_of(path: Path, shape: str, config: TrainConfig, gpus: int) -> Any:
-    """The model as `bt_ray.training.main` has it; with random weights where they are not there, or have another shape."""
+    """The model as `bt_ray.slot.training.main` has it; with random weights if they are missing or of another shape."""
     frozen_in_bfloat16 = gpus and config.method == "lora" and config.dtype != "float32"
     dtype = torch.bfloat16 if frozen_in_bfloat16 else torch.float32
     sizes = dict(SHAPES[shape])

@@ -24,7 +24,7 @@ from bt_ray.actors.liveness import this_actor
 from bt_ray.errors import ServerError
 from bt_ray.models import Conversation, Endpoint
 from bt_ray.settings.config import SweepConfig, override_train
-from bt_ray.training.job import check_trainable
+from bt_ray.slot.training.job import check_trainable
 from bt_ray.weights import Weights
 
 RESTART_S = 60.0

@@ -15,7 +15,7 @@ from huggingface_hub import get_token
 from bt_ray.models import Endpoint
 from bt_ray.run_dir.storage import open_storage
 from bt_ray.settings.config import ServerConfig, TrainConfig
-from bt_ray.slot import Change, Slot, SlotStatus
+from bt_ray.slot.slot import Change, Slot, SlotStatus
 from bt_ray.weights import Weights
 
 

@@ -15,7 +15,7 @@ from bt_ray.models import Endpoint
 from bt_ray.nodes import NEWS_S, free_resources, node_resources
 from bt_ray.resources import too_large
 from bt_ray.settings.config import ServerConfig, SweepConfig
-from bt_ray.slot import SlotStatus
+from bt_ray.slot.slot import SlotStatus
 from bt_ray.weights import Weights
 
 STATUS_S = 30.0

@@ -76,7 +76,7 @@ class ServerConfig(BaseModel):
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables for vLLM and for training."""
     command: tuple[str, ...] | None = None
-    """Another program in place of vLLM, with the same arguments and environment as `bt_ray.serving.vllm_main`."""
+    """Another program in place of vLLM, with the same arguments and environment as `bt_ray.slot.serving.vllm_main`."""
     models: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Models with slots of their own, by name, each with what differs there: `[server.models."org/large"]`."""
 
@@ -203,7 +203,7 @@ class TrainConfig(Section):
     timeout_s: float | None = Field(None, gt=0)
     """Seconds after which a training is ended as failed. Default: none."""
     command: tuple[str, ...] | None = None
-    """Another program in place of the trainer, with the same argument as `bt_ray.training.main`."""
+    """Another program in place of the trainer, with the same argument as `bt_ray.slot.training.main`."""
 
     @field_validator("command", mode="before")
     @classmethod

@@ -56,7 +56,7 @@ class Sweep:
         """Return while a server answers requests."""
 
         def under_way() -> bool:
-            for process in self.processes.named("bt_ray.serving.vllm_main"):
+            for process in self.processes.named("bt_ray.slot.serving.vllm_main"):
                 try:
                     token = process.environ()["BT_RAY_SERVER_TOKEN"]
                     ports = [c.laddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
@@ -99,9 +99,9 @@ def sweep(tmp_path: Path) -> Iterator[Sweep]:
 
 def test_a_sweep_survives_the_death_of_each_of_its_servers_processes(sweep: Sweep) -> None:
     sweep.hold()
-    sweep.kill("bt_ray.serving.vllm_main")
+    sweep.kill("bt_ray.slot.serving.vllm_main")
     sweep.release()
-    wait_for("the training", lambda: sweep.processes.named("bt_ray.training.main"))
+    wait_for("the training", lambda: sweep.processes.named("bt_ray.slot.training.main"))
     sweep.hold()
     sweep.kill("VLLM::EngineCore")
     sweep.kill("ray::ModelServer")

@@ -5,14 +5,14 @@ from typing import Any
 
 import httpx
 import pytest
+from bt_ray.slot.training.job import check_trainable
 from support.scripted_model import write_model
 from support.slot_host import DATA, Host, ask
 
 import bt_ray
 from bt_ray.errors import ConfigError
 from bt_ray.settings.config import TrainConfig, make_config
-from bt_ray.slot import Slot
-from bt_ray.training.job import check_trainable
+from bt_ray.slot.slot import Slot
 from bt_ray.weights import Weights
 
 

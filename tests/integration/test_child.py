@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bt_ray.child import ChildProcess, child_environment, open_port
 from bt_ray.errors import InfrastructureError
+from bt_ray.slot.child import ChildProcess, child_environment, open_port
 
 # A child with a grandchild, one in a session of its own, and one that is nobody's child; SIGTERM is ignored by all.
 TREE = """
@@ -26,7 +26,7 @@ sleep 300
 OWNER = f"""
 import os, sys, time
 from pathlib import Path
-from bt_ray.child import ChildProcess, child_environment
+from bt_ray.slot.child import ChildProcess, child_environment
 child = ChildProcess(["sh", "-c", {TREE!r}], env=child_environment(), log_file=Path(sys.argv[1]), grace_s=0.2)
 print(child.pid, flush=True)
 time.sleep(300)

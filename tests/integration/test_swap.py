@@ -237,7 +237,7 @@ def test_slow_answers_of_an_engine_that_gives_tokens_are_left_alone(host: Host) 
 def test_a_server_that_is_stopped_is_not_taken_for_dead(
     host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("bt_ray.serving.watch.LOOK_S", 0.002)
+    monkeypatch.setattr("bt_ray.slot.serving.watch.LOOK_S", 0.002)
     slot = host.slot()
     for _ in range(3):
         slot.serve(host.base)

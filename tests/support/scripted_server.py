@@ -1,4 +1,4 @@
-"""Stands in for `bt_ray.serving.vllm_main`: the same arguments and environment, the real guard, scripted answers.
+"""Stands in for `bt_ray.slot.serving.vllm_main`: the same arguments and environment, the real guard, scripted answers.
 
 The model folder holds its skill (`scripted_model`); what it says stands in `scripted_answers`.
 Each request is logged to `REQUEST_LOG` as `{"weights", "question", "demos", "hints", "in_flight", "time"}`: the question is
@@ -18,7 +18,7 @@ from typing import Any
 
 import uvicorn
 
-from bt_ray.serving.guard import Guard
+from bt_ray.slot.serving.guard import Guard
 
 sys.path.insert(0, str(Path(__file__).parent))  # not there by itself, where PYTHONSAFEPATH is set
 
@@ -30,7 +30,7 @@ TOKENS = 10
 
 
 class ScriptedEngine:
-    """`bt_ray.serving.engine.Engine` of a scripted model. Faults come from files that a test leaves in `SCRIPTED_FAULTS`.
+    """`bt_ray.slot.serving.engine.Engine` of a scripted model. Its faults are files in `SCRIPTED_FAULTS`.
 
     `wrong_load` holds a folder that the next load takes in place of what it was told; `fail_load` has the next load fail;
     each is taken once. While `hang` is there, no token comes. `errors_until` holds the Unix time until which every prompt

@@ -1,4 +1,4 @@
-"""Stands in for `bt_ray.training.main`: the result's skill is the parent's plus 3 (or plus `SCRIPTED_GAIN`).
+"""Stands in for `bt_ray.slot.training.main`: the result's skill is the parent's plus 3 (or plus `SCRIPTED_GAIN`).
 
 It takes four optimizer steps, `SCRIPTED_TRAIN_S` seconds in all, with a checkpoint after each. While there is a file
 `SCRIPTED_TRAIN_HOLD`, it takes no more steps than the number in that. A file `corrupt` in `SCRIPTED_FAULTS` has it damage
@@ -11,9 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+from bt_ray.slot.training.job import CHECKPOINT_MANIFEST, TrainJob, checkpoint_step
+
 from bt_ray.layout import CHECKPOINTS
-from bt_ray.serving.canary import make_canary
-from bt_ray.training.job import CHECKPOINT_MANIFEST, TrainJob, checkpoint_step
+from bt_ray.slot.canary import make_canary
 from bt_ray.weights import MANIFEST, file_digests
 
 sys.path.insert(0, str(Path(__file__).parent))  # not there by itself, where PYTHONSAFEPATH is set

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from bt_ray.slot.training.job import training_dtype
 
-from bt_ray import arithmetic
-from bt_ray.arithmetic import Arithmetic, cpu_arithmetic
 from bt_ray.errors import ServerError
-from bt_ray.serving.server import server_command, server_dtype
 from bt_ray.settings.config import ServerConfig, TrainConfig
-from bt_ray.training.job import training_dtype
+from bt_ray.slot import arithmetic
+from bt_ray.slot.arithmetic import Arithmetic, cpu_arithmetic
+from bt_ray.slot.serving.server import server_command, server_dtype
 from bt_ray.weights import Weights
 
 SLOW_IN_BFLOAT16 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
@@ -87,7 +87,7 @@ def test_this_machine_is_measured_once_and_acting_as_another_kind_is_slow_in_bfl
 def test_a_machine_without_pytorch_is_told_what_to_do(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
     with pytest.raises(ServerError, match=r"no torch here. A server on CPU needs PyTorch: install bt-ray\[cpu\]"):
-        cpu_arithmetic({"PYTHONPATH": f"{tmp_path}:{arithmetic.__file__.removesuffix('/bt_ray/arithmetic.py')}"})
+        cpu_arithmetic({"PYTHONPATH": f"{tmp_path}:{arithmetic.__file__.removesuffix('/bt_ray/slot/arithmetic.py')}"})
 
 
 def test_a_setting_that_only_moves_last_bits_is_in_no_key_unless_it_is_written() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bt_ray.serving.canary import (
+from bt_ray.slot.canary import (
     CONFIDENT,
     FIXED_SEQUENCES,
     TOLERANCE,

@@ -8,7 +8,7 @@ import pytest
 from support.scripted_model import write_model
 
 from bt_ray.errors import StorageError
-from bt_ray.serving.checkpoint import checkpoint_folder, layout_difference, read_layout
+from bt_ray.slot.serving.checkpoint import checkpoint_folder, layout_difference, read_layout
 from bt_ray.weights import Weights, file_digests
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from support.known import task
 
 from bt_ray import cpu_cost
-from bt_ray.arithmetic import Arithmetic
 from bt_ray.cpu_cost import CpuCost, Model, count_shared, describe_cost, describe_here, estimate_cost, in_words
 from bt_ray.settings.config import SweepConfig, make_config
+from bt_ray.slot.arithmetic import Arithmetic
 
 MODEL = Model(body=100_000_000, head=30_000_000, layers=10)
 SLOW, FAST = Arithmetic(40.0, 0.8), Arithmetic(100.0, 1000.0)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bt_ray.serving.guard import SERVED_NAME, Guard
+from bt_ray.slot.serving.guard import SERVED_NAME, Guard
 
 TOKEN = {"authorization": "Bearer secret"}
 RAW_TOKEN = [(b"authorization", b"Bearer secret")]

@@ -13,8 +13,8 @@ import pytest
 from support.processes import wait_for
 
 from bt_ray.errors import StorageError
-from bt_ray.node_weights import NodeWeights
 from bt_ray.run_dir.storage import Directory, Storage
+from bt_ray.slot.node_weights import NodeWeights
 from bt_ray.weights import MANIFEST, Weights, fine_tuned
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from bt_ray.serving.server import server_environment
 from bt_ray.settings.config import ServerConfig
+from bt_ray.slot.serving.server import server_environment
 
 
 @pytest.mark.parametrize(

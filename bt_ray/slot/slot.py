@@ -17,20 +17,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bt_ray.child import ChildProcess, child_environment
 from bt_ray.errors import BtRayError, ServerError, StorageError, TrainingError
-from bt_ray.known_answers import KnownAnswers, Unverified, expects_swap
 from bt_ray.layout import LOGS
 from bt_ray.models import Endpoint
-from bt_ray.node_weights import NodeWeights
 from bt_ray.run_dir.node_disk import Scratch
 from bt_ray.run_dir.storage import Storage
-from bt_ray.serving.checkpoint import Layout, checkpoint_folder, layout_difference, read_layout
-from bt_ray.serving.server import ServerProcess, server_dtype
-from bt_ray.serving.watch import Watch
 from bt_ray.settings.config import ServerConfig, TrainConfig
-from bt_ray.training.job import TrainJob, finish_training, read_progress, start_training, training_dtype, training_key
-from bt_ray.trainings import Attempt, Trainings
+from bt_ray.slot.canary_store import KnownAnswers, Unverified, expects_swap
+from bt_ray.slot.child import ChildProcess, child_environment
+from bt_ray.slot.node_weights import NodeWeights
+from bt_ray.slot.serving.checkpoint import Layout, checkpoint_folder, layout_difference, read_layout
+from bt_ray.slot.serving.server import ServerProcess, server_dtype
+from bt_ray.slot.serving.watch import Watch
+from bt_ray.slot.training.attempts import Attempt, Trainings
+from bt_ray.slot.training.job import TrainJob, finish_training, read_progress, start_training, training_dtype, training_key
 from bt_ray.weights import Weights, new_weights_id
 
 logger = logging.getLogger(__name__)

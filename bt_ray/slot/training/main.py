@@ -1,6 +1,6 @@
 """The training process: TRL's `SFTTrainer` on one job's conversations.
 
-    python -m bt_ray.training.main JOB_FILE        (under `torch.distributed.run` on several GPUs)
+    python -m bt_ray.slot.training.main JOB_FILE        (under `torch.distributed.run` on several GPUs)
 
 Reads the job and its conversations, trains on the last message of each alone, appends `{"step", "steps", "epoch",
 "loss"}` lines to the progress file, writes checkpoints, and leaves merged safetensors, or the adapter alone, with tokenizer
@@ -17,10 +17,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from bt_ray.serving.canary import make_canary
-from bt_ray.training.job import TrainJob
-from bt_ray.training.layers import freeze_below, last_layers
-from bt_ray.training.trainer import CpuTrainer, Trainer, make_trainer, write_whole
+from bt_ray.slot.canary import make_canary
+from bt_ray.slot.training.job import TrainJob
+from bt_ray.slot.training.layers import freeze_below, last_layers
+from bt_ray.slot.training.trainer import CpuTrainer, Trainer, make_trainer, write_whole
 from bt_ray.weights import MANIFEST, file_digests
 
 CANARIES, CANARY_PROMPT, CANARY_COMPLETION = 4, 24, 24

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from bt_ray.errors import StorageError
 from bt_ray.layout import CHECKPOINTS, TRAINING_FINISHED, TRAININGS, WEIGHTS
-from bt_ray.node_weights import NodeWeights
 from bt_ray.run_dir.storage import Storage
-from bt_ray.training.job import CHECKPOINT_MANIFEST, PROGRESS, checkpoint_step
+from bt_ray.slot.node_weights import NodeWeights
+from bt_ray.slot.training.job import CHECKPOINT_MANIFEST, PROGRESS, checkpoint_step
 from bt_ray.weights import MANIFEST, Weights, fine_tuned
 
 KEPT = ("job.json", "data.jsonl", PROGRESS, "log.txt")

@@ -3,6 +3,6 @@
 vLLM and training run as such children. `keeper` is the small process between the two; this is the owner's side.
 """
 
-from bt_ray.child.process import ChildProcess, child_environment, open_port
+from bt_ray.slot.child.process import ChildProcess, child_environment, open_port
 
 __all__ = ["ChildProcess", "child_environment", "open_port"]

@@ -5,7 +5,7 @@ import threading
 import time
 
 from bt_ray.errors import ServerError
-from bt_ray.serving.server import ServerProcess
+from bt_ray.slot.serving.server import ServerProcess
 
 LOOK_S = 2.0
 logger = logging.getLogger(__name__)

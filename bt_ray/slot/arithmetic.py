@@ -1,6 +1,6 @@
 """Which arithmetic this node's CPU is fast in: bfloat16 where the processor has instructions for it, else float32.
 
-    python -m bt_ray.arithmetic        measures, and prints what it found as JSON
+    python -m bt_ray.slot.arithmetic        measures, and prints what it found as JSON
 
 Most laptops and many servers have no bfloat16 instructions, and take tens of times longer for a product in it. The product
 is measured: that sees more than a list of processor flags would, such as a hypervisor's mask or a PyTorch without kernels.
@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from bt_ray.child import child_environment
 from bt_ray.errors import ServerError
 from bt_ray.run_dir.node_disk import node_cache
+from bt_ray.slot.child import child_environment
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -111,7 +111,7 @@ def _node_digest(env: Mapping[str, str]) -> str:
 
 
 def _measure_in_child(env: Mapping[str, str]) -> Arithmetic:
-    command = [sys.executable, "-m", "bt_ray.arithmetic"]
+    command = [sys.executable, "-m", "bt_ray.slot.arithmetic"]
     try:
         run = subprocess.run(command, env=dict(env), capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired as error:

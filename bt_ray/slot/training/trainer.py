@@ -22,10 +22,10 @@ from trl import SFTConfig, SFTTrainer
 
 from bt_ray.layout import CHECKPOINTS
 from bt_ray.settings.config import TrainConfig
-from bt_ray.training.batches import BatchesByLength, worth_sorting
-from bt_ray.training.cores import IdleCores
-from bt_ray.training.job import CHECKPOINT_MANIFEST, TrainJob
-from bt_ray.training.layers import last_layers, linear_modules
+from bt_ray.slot.training.batches import BatchesByLength, worth_sorting
+from bt_ray.slot.training.cores import IdleCores
+from bt_ray.slot.training.job import CHECKPOINT_MANIFEST, TrainJob
+from bt_ray.slot.training.layers import last_layers, linear_modules
 
 IGNORED = -100
 """The label of a token that has no part in the loss."""

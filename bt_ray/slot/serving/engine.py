@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from bt_ray.arithmetic import ISA_VARIABLES, processor
+from bt_ray.slot.arithmetic import ISA_VARIABLES, processor
 
 
 class Engine(Protocol):

@@ -10,12 +10,12 @@ from typing import Any, Self
 
 import httpx
 
-from bt_ray.arithmetic import cpu_arithmetic
-from bt_ray.child import ChildProcess, child_environment, open_port
 from bt_ray.errors import ServerError
 from bt_ray.models import Endpoint
-from bt_ray.serving.guard import SERVED_NAME, TOKEN_VARIABLE
 from bt_ray.settings.config import ServerConfig
+from bt_ray.slot.arithmetic import cpu_arithmetic
+from bt_ray.slot.child import ChildProcess, child_environment, open_port
+from bt_ray.slot.serving.guard import SERVED_NAME, TOKEN_VARIABLE
 from bt_ray.weights import Weights
 
 POLL_S = 0.1
@@ -231,11 +231,11 @@ def server_command(weights: Weights, config: ServerConfig, dtype: str | None, li
     """The command line: no secret is in it."""
     import sys
 
-    program = list(config.command or (sys.executable, "-m", "bt_ray.serving.vllm_main"))
+    program = list(config.command or (sys.executable, "-m", "bt_ray.slot.serving.vllm_main"))
     options: dict[str, Any] = {
         "model": weights.path,
         "served_model_name": SERVED_NAME,
-        "middleware": "bt_ray.serving.guard.Guard",
+        "middleware": "bt_ray.slot.serving.guard.Guard",
         "disable_uvicorn_access_log": True,
     }
     if config.adapters:

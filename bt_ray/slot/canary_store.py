@@ -10,8 +10,8 @@ from typing import Any
 from bt_ray.errors import ServerError, StorageError
 from bt_ray.layout import CANARIES
 from bt_ray.run_dir.storage import Storage
-from bt_ray.serving.canary import FIXED_SEQUENCES, TOLERANCE, Canary, changed, difference
-from bt_ray.serving.server import ServerProcess
+from bt_ray.slot.canary import FIXED_SEQUENCES, TOLERANCE, Canary, changed, difference
+from bt_ray.slot.serving.server import ServerProcess
 from bt_ray.weights import MANIFEST, Weights
 
 logger = logging.getLogger(__name__)

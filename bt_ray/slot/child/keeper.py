@@ -1,6 +1,6 @@
 """The keeper: a process that owns one child process and ends it when the keeper's own owner is gone.
 
-Run by file path with the standard library alone (`python -I -S keeper.py ...`); see `bt_ray.child` for the owner's side.
+Run by file path with the standard library alone (`python -I -S keeper.py ...`); `bt_ray.slot.child` is the owner's side.
 
     keeper.py GRACE_S LOG_FILE PASSED_FD COMMAND [ARG ...]
 

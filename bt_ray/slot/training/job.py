@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from bt_ray.arithmetic import Dtype, cpu_arithmetic
-from bt_ray.child import ChildProcess
 from bt_ray.errors import ConfigError, TaskError, TrainingError
 from bt_ray.settings.config import ServerConfig, TrainConfig
+from bt_ray.slot.arithmetic import Dtype, cpu_arithmetic
+from bt_ray.slot.child import ChildProcess
 from bt_ray.weights import MANIFEST, Weights
 
 LOOK_S = 2.0
@@ -91,8 +91,8 @@ class TrainJob:
             return list(self.config.command)
         if self.gpus > 1:
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.gpus)]
-            return [*launcher, "-m", "bt_ray.training.main"]
-        return [sys.executable, "-m", "bt_ray.training.main"]
+            return [*launcher, "-m", "bt_ray.slot.training.main"]
+        return [sys.executable, "-m", "bt_ray.slot.training.main"]
 
 
 def check_trainable(config: ServerConfig, train: TrainConfig) -> None:

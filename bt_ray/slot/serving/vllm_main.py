@@ -1,6 +1,6 @@
 """The vLLM process: vLLM's own OpenAI-compatible server on a socket that its owner has bound.
 
-    python -m bt_ray.serving.vllm_main LISTEN_FD [vLLM's own arguments]
+    python -m bt_ray.slot.serving.vllm_main LISTEN_FD [vLLM's own arguments]
 
 vLLM's command line takes a port number, so a free port would have to be guessed. Here the owner binds a free port and
 passes the socket; nothing else differs from `vllm serve`. Source: `vllm.entrypoints.launchers.api_server.entry`.

@@ -1,10 +1,10 @@
 """The guard in front of every route of a vLLM server: who may ask, for what, and for which weights.
 
-An ASGI middleware that vLLM loads (`--middleware bt_ray.serving.guard.Guard`), outermost. It refuses whoever does not
+An ASGI middleware that vLLM loads (`--middleware bt_ray.slot.serving.guard.Guard`), outermost. It refuses whoever does not
 bear the sweep's token (401), any route that is not on its list (404), a request for weights other than the ones that are
 served (409, with both ids), and every prompt while the server is closed (503). It starts closed. Its own control routes are
 what a change of weights is made of: `close` (refuse prompts, and wait until none is under way), `load` or `load_adapter`,
-`canary`, `open`; its owner, `bt_ray.serving.server`, calls them in this order and decides between them. So a request is
+`canary`, `open`; its owner, `bt_ray.slot.serving.server`, calls them in this order and decides between them. So a request is
 admitted under weights that are loaded, and they cannot change until it is answered.
 
 It runs inside the vLLM process and imports nothing but the standard library and what stands beside it.
@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from bt_ray.models import OTHER_WEIGHTS, REFUSED
-from bt_ray.serving.engine import Engine, vllm_engine
+from bt_ray.slot.serving.engine import Engine, vllm_engine
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

@@ -17,7 +17,7 @@ KEEPER = Path(__file__).with_name("keeper.py")
 class ChildProcess:
     """A running child process, started by the constructor.
 
-    It lives in its own session and process group under a keeper (see `bt_ray.child.keeper`), which ends it with all its
+    It lives in its own session and process group under a keeper (see `bt_ray.slot.child.keeper`), which ends it with all its
     descendants when `stop()` is called or when this process goes, in whatever way.
 
     Args:
@@ -118,7 +118,7 @@ def child_environment() -> dict[str, str]:
     The child finds the same bt_ray as this process, whatever its working directory.
     """
     env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_") and key != "OMP_NUM_THREADS"}
-    package_root = str(Path(__file__).parents[2])
+    package_root = str(Path(__file__).parents[3])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, env.get("PYTHONPATH")]))
     env["PYTHONSAFEPATH"] = "1"
     return env
