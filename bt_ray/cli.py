@@ -314,8 +314,8 @@ def serve(
 
         kept = find_best(run_dir)
         if address is not None or inside_job():
-            from bt_ray.actors.remote_slot import on_cluster
             from bt_ray.cluster import connected
+            from bt_ray.pool.remote_slot import on_cluster
 
             opened.enter_context(connected(address, lambda event: None))
             make_slot: MakeSlot = on_cluster(kept.config, kept.storage.location, port or 0, typer.echo)
@@ -488,7 +488,7 @@ def _load(file: Path, strategy: list[str] | None, run_dir: str | None, assignmen
 
 def _resource_warnings(config: SweepConfig, address: str | None, slots: Collection[str]) -> list[str]:
     """What the cluster at `address` lacks (raises), or, without one, what this machine lacks."""
-    from bt_ray.resources import check_resources
+    from bt_ray.pool.resources import check_resources
 
     if address is None:
         here = {"CPU": float(os.cpu_count() or 1)}
@@ -500,7 +500,7 @@ def _resource_warnings(config: SweepConfig, address: str | None, slots: Collecti
             return [f"On this machine alone: {error}"]
         return []
     from bt_ray.cluster import connected
-    from bt_ray.nodes import node_resources
+    from bt_ray.pool.nodes import node_resources
 
     with connected(address, lambda event: None):
         return check_resources(config, node_resources(), slots)

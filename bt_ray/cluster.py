@@ -11,7 +11,7 @@ from typing import Any
 
 from bt_ray.errors import ResourcesError, amount
 from bt_ray.events import Connected, Event, ServerChanged, ServerDid, ServerReplaced, Stage
-from bt_ray.resources import check_resources
+from bt_ray.pool.resources import check_resources
 from bt_ray.run_dir.event_log import EventLog
 from bt_ray.run_dir.storage import Storage
 from bt_ray.settings.config import SweepConfig
@@ -97,9 +97,9 @@ def opened_pool(
     """
     from huggingface_hub import get_token
 
-    from bt_ray.actors.server_pool import ServerPool, ServerSettings
-    from bt_ray.nodes import beside_the_driver, node_resources
-    from bt_ray.placement_state import Policy
+    from bt_ray.pool.nodes import beside_the_driver, node_resources
+    from bt_ray.pool.policy_types import Policy
+    from bt_ray.pool.server_pool import ServerPool, ServerSettings
 
     nodes = node_resources()
     for warning in check_resources(config, nodes, needed):
@@ -137,7 +137,7 @@ def step_claims(committed: Collection[str], first_fence: int) -> Iterator[Any]:
     import ray
 
     from bt_ray.actors.step_claims import StepClaims
-    from bt_ray.nodes import beside_the_driver
+    from bt_ray.pool.nodes import beside_the_driver
 
     claims = StepClaims.options(scheduling_strategy=beside_the_driver()).remote(  # type: ignore[attr-defined]
         committed, first_fence
@@ -152,7 +152,7 @@ def step_claims(committed: Collection[str], first_fence: int) -> Iterator[Any]:
 def _await_placement(pool: Any, initial: Mapping[str, int], config: SweepConfig, tell: Listener) -> None:
     import ray
 
-    from bt_ray.nodes import NEWS_S, can_never_come, free_resources
+    from bt_ray.pool.nodes import NEWS_S, can_never_come, free_resources
 
     count = sum(initial.values())
     began = told = looked = time.monotonic()

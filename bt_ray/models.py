@@ -1,6 +1,6 @@
 """The contract between those who ask models and those who host them: what is asked, where it is answered, what a refusal is.
 
-The pool of a sweep implements it over Ray (`bt_ray.actors.leased_models`); `bt_ray.load` over one local process
+The pool of a sweep implements it over Ray (`bt_ray.pool.leased_models`); `bt_ray.load` over one local process
 (`bt_ray.local_models`).
 """
 

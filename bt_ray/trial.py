@@ -17,11 +17,11 @@ from ray.util import placement_group, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from bt_ray.actors.metrics import TrialMetrics
 from bt_ray.errors import BtRayError, InfrastructureError, InfrastructureFailure
 from bt_ray.failures import Side, side_of
 from bt_ray.layout import SCRATCH, TRIAL_FAILURE, TRIAL_LOG, TRIALS
 from bt_ray.mlflow_runs import traced
+from bt_ray.pool.metrics import TrialMetrics
 from bt_ray.run_dir.results import Candidate, StepFailure, failure_of
 from bt_ray.run_dir.step_store import FinishedStep
 from bt_ray.spread_evaluation import opened_evaluator

@@ -5,7 +5,7 @@
     python scripts/simulate.py --like runs/iris --slots 2 8            # with the times that this run measured
     python scripts/simulate.py --compare --slots 8 64 --html scales.html
 
-Discrete events around the real `bt_ray.placement`, `bt_ray.claims` and order of trials. What takes time is drawn, for each
+Discrete events around the real `bt_ray.pool.policy`, `bt_ray.claims` and order of trials. What takes time is drawn, for each
 step and each server anew, from log-normal distributions around medians: those of the demo on two CPU cores, unless `--like`
 names a run directory to measure, or an option gives one. Beside the makespan stands its ratio to what no schedule can beat
 (the largest, over all times t, of t + (the work of steps that cannot start before t) / slots), and what the slots cost.

@@ -10,9 +10,9 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from bt_ray.actors.calls import ask
-from bt_ray.actors.liveness import this_actor, until_dead
 from bt_ray.claims import ClaimTable
+from bt_ray.pool.calls import ask
+from bt_ray.pool.liveness import this_actor, until_dead
 from bt_ray.run_dir.results import StepFailure
 
 

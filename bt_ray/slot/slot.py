@@ -4,7 +4,7 @@ A server goes to other weights of the same architecture in place, or takes adapt
 before it is seen to answer as those do; whatever fails falls back to a start. On CPU it stays up, closed, while the slot
 trains.
 
-Without Ray. `bt_ray.actors.model_server` puts a slot into an actor; `bt_ray.load` uses one directly.
+Without Ray. `bt_ray.pool.model_server` puts a slot into an actor; `bt_ray.load` uses one directly.
 """
 
 import logging

@@ -17,7 +17,7 @@ from support.processes import wait_for
 from support.scripted_model import write_model
 
 from bt_ray.errors import ServerError, TrainingError
-from bt_ray.placement_state import Policy
+from bt_ray.pool.policy_types import Policy
 from bt_ray.run_dir.storage import open_storage
 from bt_ray.settings.config import make_config
 from bt_ray.weights import MANIFEST, Weights, base_weights, fine_tuned
@@ -30,7 +30,7 @@ Pool = Any
 def opened(settings: dict[str, Any]) -> Iterator[Callable[..., Pool]]:
     import ray
 
-    from bt_ray.actors.server_pool import ServerPool, ServerSettings
+    from bt_ray.pool.server_pool import ServerPool, ServerSettings
 
     pools: list[Pool] = []
 
@@ -196,7 +196,7 @@ def test_weights_are_fetched_to_a_node_while_they_are_waited_for(
 
 
 def test_weights_that_nobody_knows_are_an_error_each_time(settings: dict[str, Any]) -> None:
-    from bt_ray.actors.leased_models import LeasedModels
+    from bt_ray.pool.leased_models import LeasedModels
 
     models = LeasedModels("test", None, make_config(settings))  # type: ignore[arg-type]
     for _ in range(2):
@@ -208,7 +208,7 @@ def test_weights_that_nobody_knows_are_an_error_each_time(settings: dict[str, An
 def test_a_server_whose_training_does_not_stop_is_replaced(settings: dict[str, Any]) -> None:
     import ray
 
-    from bt_ray.actors.server_pool import ServerPool, ServerSettings
+    from bt_ray.pool.server_pool import ServerPool, ServerSettings
 
     @ray.remote
     class Stuck:
@@ -228,8 +228,8 @@ def test_a_training_tells_the_pool_what_it_made_with_what_the_trial_asks_for_nex
 ) -> None:
     import ray
 
-    from bt_ray.actors.leased_models import LeasedModels
-    from bt_ray.actors.leases import Lease, Returned
+    from bt_ray.pool.leased_models import LeasedModels
+    from bt_ray.pool.leases import Lease, Returned
 
     made = fine_tuned({"id": "student-ft-1", "parent": student.id})
 

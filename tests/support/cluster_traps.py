@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bt_ray.errors import ResourcesError
-from bt_ray.resources import check_resources
+from bt_ray.pool.resources import check_resources
 from bt_ray.settings.config import SweepConfig
 from support.cluster_files import Shipped, bt_ray_version, pinned
 

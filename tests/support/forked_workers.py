@@ -34,8 +34,8 @@ IMPORTED = (
     "bt_ray.better_together",
     "bt_ray.kept_steps",
     "bt_ray.one_core",
-    "bt_ray.actors.leased_models",
-    "bt_ray.actors.server_pool",
+    "bt_ray.pool.leased_models",
+    "bt_ray.pool.server_pool",
     "bt_ray.actors.step_claims",
 )
 

@@ -10,7 +10,7 @@ import pytest
 from support import cluster_traps as traps
 from support.cluster_files import CLUSTER, of_bt_ray, of_ray, shipped, sweep_settings
 
-from bt_ray.resources import check_resources
+from bt_ray.pool.resources import check_resources
 
 STAND_IN = """#!{python}
 import json, os, sys, time

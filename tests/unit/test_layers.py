@@ -25,10 +25,7 @@ LAYERS: dict[str, set[str]] = {
     "run_dir": {"errors", "location", "layout", "strategy", "weights", "events", "step", "settings"},
     "task": {"errors", "strategy", "weights", "step", "settings"},
     "slot": {"errors", "layout", "weights", "models", "settings", "run_dir"},
-    "placement_state": {"weights"},
-    "placement": {"weights", "placement_state"},
-    "resources": {"errors", "weights", "settings"},
-    "nodes": {"settings", "resources"},
+    "pool": {"errors", "weights", "events", "models", "settings", "run_dir", "slot"},
     "comparison": {"run_dir"},
     "plan": {"strategy", "step", "run_dir"},
     "report": {"layout", "strategy", "weights", "events", "step", "run_dir", "comparison", "plan"},
@@ -36,10 +33,7 @@ LAYERS: dict[str, set[str]] = {
     "mlflow_runs": {"errors", "strategy", "events", "settings", "run_dir", "report"},
     "tune_loggers": {"settings"},
     "claims": {"run_dir"},
-    "actors": {
-        "errors", "weights", "events", "models", "settings", "run_dir", "slot", "placement_state", "placement",
-        "resources", "nodes", "claims",
-    },
+    "actors": {"run_dir", "pool", "claims"},
     "failures": {"errors", "models"},
     "failure_latch": {"errors", "failures"},
     "evaluation": {"errors", "run_dir", "failures", "failure_latch"},
@@ -51,14 +45,14 @@ LAYERS: dict[str, set[str]] = {
         "errors", "weights", "step", "run_dir", "task", "failures", "lm", "better_together", "served_models",
     },
     "trial_setup": {
-        "errors", "layout", "models", "step", "settings", "run_dir", "task", "actors", "failure_latch", "lm",
+        "errors", "layout", "models", "step", "settings", "run_dir", "task", "pool", "failure_latch", "lm",
         "one_core", "served_models",
     },
     "spread_evaluation": {
         "errors", "layout", "weights", "evaluation", "lm", "served_models", "kept_steps", "trial_setup",
     },
     "trial": {
-        "errors", "layout", "strategy", "run_dir", "mlflow_runs", "actors", "failures", "evaluation", "lm",
+        "errors", "layout", "strategy", "run_dir", "pool", "mlflow_runs", "actors", "failures", "evaluation", "lm",
         "better_together", "served_models", "kept_steps", "trial_setup", "spread_evaluation",
     },
     "local_models": {"errors", "weights", "models", "settings", "run_dir", "slot"},
@@ -69,9 +63,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "export": {"errors", "layout", "weights", "run_dir", "slot", "best"},
     "served_best": {"errors", "weights", "models", "slot", "best"},
-    "cluster": {
-        "errors", "weights", "events", "settings", "run_dir", "placement_state", "resources", "nodes", "actors",
-    },
+    "cluster": {"errors", "weights", "events", "settings", "run_dir", "pool", "actors"},
     "cpu_cost": {"errors", "weights", "settings", "task", "slot"},
     "jobs": {"errors"},
     "preflight": {
@@ -87,8 +79,8 @@ LAYERS: dict[str, set[str]] = {
     },
     "starter": {"errors"},
     "cli": {
-        "errors", "settings", "run_dir", "resources", "nodes", "plan", "report", "status", "actors", "best",
-        "export", "served_best", "cluster", "cpu_cost", "jobs", "preflight", "driver", "starter",
+        "errors", "settings", "run_dir", "pool", "plan", "report", "status", "best", "export", "served_best",
+        "cluster", "cpu_cost", "jobs", "preflight", "driver", "starter",
     },
     "__init__": {"errors", "settings", "run_dir", "task", "served_models", "best", "driver"},
 }  # fmt: skip
@@ -99,7 +91,7 @@ RAY_ROOMS = {
 }  # fmt: skip
 IN_A_CHILD = {"arithmetic", "engine", "cores", "layers", "main", "trainer"}
 """Modules that run in a process of their own, with PyTorch."""
-DSPY_FREE = ("cli", "actors.server_pool", "report.steps", "report.page", "status", "run_dir.prune", "run_dir.examples")
+DSPY_FREE = ("cli", "pool.server_pool", "report.steps", "report.page", "status", "run_dir.prune", "run_dir.examples")
 """What looks at a run directory, and the pool's actor, start in a second: they import no DSPy."""
 TORCH_FREE = {"torch", "trl", "peft", "transformers", "datasets", "accelerate"}
 

@@ -9,8 +9,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from bt_ray.placement import Placement
-from bt_ray.placement_state import Action, Ask, Fetch, Grant, Grow, Policy, Release, Revoke, Serve, Server, State, Stop
+from bt_ray.pool.policy import Placement
+from bt_ray.pool.policy_types import Action, Ask, Fetch, Grant, Grow, Policy, Release, Revoke, Serve, Server, State, Stop
 from bt_ray.weights import Weights
 
 A, A1, A2 = Weights("a", "a"), Weights("a-ft-1", "1", "a"), Weights("a-ft-2", "2", "a")

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from bt_ray.placement import Placement
-from bt_ray.placement_state import Ask, Grant, Grow, Policy, Revoke, Serve, Stop
+from bt_ray.pool.policy import Placement
+from bt_ray.pool.policy_types import Ask, Grant, Grow, Policy, Revoke, Serve, Stop
 from bt_ray.weights import Weights
 
 A, B = Weights("a", "a"), Weights("b", "b")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bt_ray.errors import ResourcesError
-from bt_ray.resources import check_resources
+from bt_ray.pool.resources import check_resources
 from bt_ray.settings.config import SweepConfig, make_config
 
 TWO_CORES = [{"CPU": 2.0}]

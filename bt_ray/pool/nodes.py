@@ -4,7 +4,7 @@ from typing import Any
 
 import ray
 
-from bt_ray.resources import OF_TYPE, too_large
+from bt_ray.pool.resources import OF_TYPE, too_large
 from bt_ray.settings.config import ServerConfig
 
 NEWS_S = 15.0

@@ -1,6 +1,6 @@
 """The actor that owns the sweep's model servers and hands out leases on them.
 
-`bt_ray.placement` decides; this actor carries it out: it creates the servers' actors, brings them to the weights that are
+`bt_ray.pool.policy` decides; this actor carries it out: it creates the servers' actors, brings them to the weights that are
 wanted, and answers whoever waits. It takes back what a dead trial held. When it dies itself its servers die with it, Ray
 starts it again with nothing, and the trials ask anew: that costs a start of the servers, and nothing else.
 """
@@ -20,16 +20,16 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
-from bt_ray.actors.leases import Lease, Returned, ServerView
-from bt_ray.actors.liveness import until_dead
-from bt_ray.actors.metrics import PoolMetrics
-from bt_ray.actors.model_server import ModelServer, Served, actor_options
 from bt_ray.errors import BtRayError, InfrastructureError, ServerError
 from bt_ray.events import LeaseChanged, ServerDid
 from bt_ray.models import Endpoint
-from bt_ray.nodes import draining_nodes
-from bt_ray.placement import Placement
-from bt_ray.placement_state import Action, Ask, Fetch, Grant, Grow, Policy, Release, Revoke, Serve, State, Stop
+from bt_ray.pool.leases import Lease, Returned, ServerView
+from bt_ray.pool.liveness import until_dead
+from bt_ray.pool.metrics import PoolMetrics
+from bt_ray.pool.model_server import ModelServer, Served, actor_options
+from bt_ray.pool.nodes import draining_nodes
+from bt_ray.pool.policy import Placement
+from bt_ray.pool.policy_types import Action, Ask, Fetch, Grant, Grow, Policy, Release, Revoke, Serve, State, Stop
 from bt_ray.settings.config import ServerConfig
 from bt_ray.weights import Weights
 
@@ -69,7 +69,7 @@ class ServerPool:
 
     Args:
         settings: What servers are created with.
-        policies: How they are shared out, by whose slots they are in, as `bt_ray.placement.Placement` has them.
+        policies: How they are shared out, by whose slots they are in, as `bt_ray.pool.policy.Placement` has them.
         initial: How many are created at once, without anybody having asked, by the same.
         first: What they are started with, without anybody having asked.
     """
@@ -123,7 +123,7 @@ class ServerPool:
             weights: What requests will ask for, or what a training starts from.
             exclusive: Whether it is for a training.
             lost: The server, and its incarnation, that the holder could not reach.
-            urgency: As `bt_ray.placement_state.Ask` has it.
+            urgency: As `bt_ray.pool.policy_types.Ask` has it.
             returned: Leases that the holder gives back for it.
 
         Raises:

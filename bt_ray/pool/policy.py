@@ -1,7 +1,7 @@
 """Which server serves which lease, when to swap, grow, take back or release one: a pure state machine.
 
 Whoever owns the servers tells it what happened (`asked`, `ended`, `placed`, `served`, ...) and asks `decide` what to do
-next. It knows no Ray, no clock and no process; `bt_ray.actors.server_pool` carries its actions out.
+next. It knows no Ray, no clock and no process; `bt_ray.pool.server_pool` carries its actions out.
 
 A lease is shared, for requests to given weights, or exclusive, for a training. First come leases for the steps with the
 most steps after them; among equals those whose holder gives another back for them, then trainings, then those that were
@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from bt_ray.placement_state import (
+from bt_ray.pool.policy_types import (
     Action,
     Ask,
     Copies,

@@ -8,12 +8,12 @@ import ray
 from huggingface_hub import get_token
 from ray.actor import ActorHandle
 
-from bt_ray.actors.calls import ActorGone, ask
-from bt_ray.actors.model_server import ModelServer, Served, actor_options
 from bt_ray.errors import ResourcesError, ServerError
 from bt_ray.models import Endpoint
-from bt_ray.nodes import NEWS_S, free_resources, node_resources
-from bt_ray.resources import too_large
+from bt_ray.pool.calls import ActorGone, ask
+from bt_ray.pool.model_server import ModelServer, Served, actor_options
+from bt_ray.pool.nodes import NEWS_S, free_resources, node_resources
+from bt_ray.pool.resources import too_large
 from bt_ray.settings.config import ServerConfig, SweepConfig
 from bt_ray.slot.slot import SlotStatus
 from bt_ray.weights import Weights

@@ -1,4 +1,4 @@
-"""What `bt_ray.placement` decides about: model servers, the leases that are asked for, and what servers are told to do."""
+"""What `bt_ray.pool.policy` decides about: model servers, the leases that are asked for, and what servers are told to do."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field

@@ -18,11 +18,11 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
-from bt_ray.actors.calls import ActorGone, ask
-from bt_ray.actors.leases import Lease, Returned
-from bt_ray.actors.liveness import this_actor
 from bt_ray.errors import ServerError
 from bt_ray.models import Conversation, Endpoint
+from bt_ray.pool.calls import ActorGone, ask
+from bt_ray.pool.leases import Lease, Returned
+from bt_ray.pool.liveness import this_actor
 from bt_ray.settings.config import SweepConfig, override_train
 from bt_ray.slot.training.job import check_trainable
 from bt_ray.weights import Weights
@@ -64,7 +64,7 @@ class LeasedModels:
 
     Attributes:
         weights: All weights that are known, by id.
-        urgency: Of what leases are asked for, as `bt_ray.placement_state.Ask` has it.
+        urgency: Of what leases are asked for, as `bt_ray.pool.policy_types.Ask` has it.
     """
 
     def __init__(self, holder: str, pool: "ActorHandle[Any]", config: SweepConfig) -> None:
