@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from bt_ray.driver import sweep
     from bt_ray.errors import BtRayError
     from bt_ray.run_dir.results import Candidate, SweepResult, TrialResult
-    from bt_ray.served_models import served
     from bt_ray.settings.config import SweepConfig
     from bt_ray.settings.toml import load_config
     from bt_ray.task.task import StepContext, Task
     from bt_ray.task.teachers import gold_label_teacher
+    from bt_ray.trial.program_lms import served
 
 _HOME = {
     "BtRayError": "errors",
@@ -28,7 +28,7 @@ _HOME = {
     "gold_label_teacher": "task.teachers",
     "load": "best",
     "load_config": "settings.toml",
-    "served": "served_models",
+    "served": "trial.program_lms",
     "sweep": "driver",
 }
 

@@ -12,9 +12,7 @@ from typing import Any
 import dspy
 
 from bt_ray.errors import BtRayError, ConfigError, TaskError
-from bt_ray.kept_steps import installed_versions, load_state
 from bt_ray.layout import BEST, BEST_MANIFEST, BEST_PROGRAM, WEIGHTS
-from bt_ray.lm import ServedEngine
 from bt_ray.local_models import LocalModels
 from bt_ray.location import parent_and_name
 from bt_ray.models import Models
@@ -23,9 +21,11 @@ from bt_ray.run_dir.node_disk import Scratch
 from bt_ray.run_dir.results import Candidate
 from bt_ray.run_dir.step_store import StepStore
 from bt_ray.run_dir.storage import Storage, open_storage
-from bt_ray.served_models import ServedModels, assign_versions, serving
 from bt_ray.settings.config import SweepConfig, make_config
 from bt_ray.task.task import TaskFunction, load_task
+from bt_ray.trial.lm import ServedEngine
+from bt_ray.trial.program_lms import ServedModels, assign_versions, serving
+from bt_ray.trial.steps import installed_versions, load_state
 from bt_ray.weights import Weights
 
 

@@ -136,8 +136,8 @@ def step_claims(committed: Collection[str], first_fence: int) -> Iterator[Any]:
     """Who decides which trial computes a step. Ends with the sweep, also where Ray and the driver go on."""
     import ray
 
-    from bt_ray.actors.step_claims import StepClaims
     from bt_ray.pool.nodes import beside_the_driver
+    from bt_ray.trial.claims_actor import StepClaims
 
     claims = StepClaims.options(scheduling_strategy=beside_the_driver()).remote(  # type: ignore[attr-defined]
         committed, first_fence

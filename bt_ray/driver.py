@@ -33,7 +33,7 @@ from bt_ray.task.task import TaskFunction, task_spec
 from bt_ray.tuning import Trial, run_search, run_trials
 
 if TYPE_CHECKING:
-    from bt_ray.trial_setup import TrialSetup
+    from bt_ray.trial.setup import TrialSetup
 
 CLAIMS_PER_DRIVER = 1_000_000
 """Claims are numbered from this multiple of how many drivers the run directory has seen, so none is numbered twice."""
@@ -191,7 +191,7 @@ class _Sweep:
 
     def setups(self, pool: Any, claims: Any) -> "dict[str, TrialSetup]":
         """What trials need to know, by variant."""
-        from bt_ray.trial_setup import TrialSetup
+        from bt_ray.trial.setup import TrialSetup
 
         variants = self.checked.variants.items()
         return {
@@ -294,7 +294,7 @@ class _Sweep:
         Raises:
             InfrastructureError: An evaluation was lost. The others are kept.
         """
-        from bt_ray.trial import tested
+        from bt_ray.trial.trial import tested
 
         what = "the best program" if len(candidates) == 1 else f"the best of each strategy, {len(candidates)} programs,"
         self.tell(Stage(f"Scoring {what} on the testset"))

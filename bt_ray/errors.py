@@ -1,4 +1,4 @@
-"""The exceptions of bt_ray. Whose failure each one is, `bt_ray.failures` decides. It imports nothing."""
+"""The exceptions of bt_ray. Whose failure each one is, `bt_ray.trial.failures` decides. It imports nothing."""
 
 
 class BtRayError(Exception):

@@ -14,11 +14,8 @@ from dspy.teleprompt.bootstrap_finetune import FinetuneTeleprompter
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from bt_ray.errors import BtRayError, ConfigError, InfrastructureFailure, TaskError
-from bt_ray.failure_latch import FailureLatch
-from bt_ray.lm import ServedEngine, student_lm
 from bt_ray.models import NoModels
 from bt_ray.run_dir.run_directory import check_run_directory
-from bt_ray.served_models import ServedModels, serving, weights_of
 from bt_ray.settings.config import EveryStrategy, ServerConfig, StrategySearch, SweepConfig
 from bt_ray.settings.space import Variant, variants
 from bt_ray.slot.training.job import check_trainable
@@ -26,6 +23,9 @@ from bt_ray.step import StepKey
 from bt_ray.strategy import BASELINE, all_prefixes, check_distinct, every, parse, step_label
 from bt_ray.task.fingerprint import step_keys
 from bt_ray.task.task import StepContext, Task, TaskFunction, check_optimizers, load_task, step_seed
+from bt_ray.trial.failure_latch import FailureLatch
+from bt_ray.trial.lm import ServedEngine, student_lm
+from bt_ray.trial.program_lms import ServedModels, serving, weights_of
 from bt_ray.weights import Weights, model_name
 
 

@@ -15,7 +15,7 @@ from bt_ray.strategy import SEPARATOR
 from bt_ray.tune_loggers import tune_loggers
 
 if TYPE_CHECKING:
-    from bt_ray.trial_setup import TrialSetup
+    from bt_ray.trial.setup import TrialSetup
 
 MOST_TRIALS = 1 << 30
 """Of a search, which says itself when it is over."""
@@ -154,7 +154,7 @@ def _tuned(
     from ray import tune
     from ray.tune import FailureConfig, RunConfig, TuneConfig, TuneError, Tuner
 
-    from bt_ray.trial import run_trial
+    from bt_ray.trial.trial import run_trial
 
     first = next(iter(setups.values()))
     config = first.config

@@ -27,12 +27,12 @@ import psutil  # noqa: E402 - the path comes first
 import ray  # noqa: E402
 from support.scripted_model import write_model  # noqa: E402
 
-from bt_ray.actors.step_claims import RemoteClaims, StepClaims  # noqa: E402
 from bt_ray.pool.policy_types import Policy  # noqa: E402
 from bt_ray.pool.server_pool import ServerPool, ServerSettings  # noqa: E402
 from bt_ray.run_dir.step_store import FinishedStep, StepStore, attempt_name  # noqa: E402
 from bt_ray.run_dir.storage import open_storage  # noqa: E402
 from bt_ray.settings.config import ServerConfig  # noqa: E402
+from bt_ray.trial.claims_actor import RemoteClaims, StepClaims  # noqa: E402
 from bt_ray.weights import base_weights  # noqa: E402
 
 PARTS = ("claim", "lease", "write", "commit", "read back", "in all")

@@ -43,8 +43,8 @@ from support.scripted_model import write_model  # noqa: E402
 from support.slot_models import SlotModels  # noqa: E402
 
 from bt_ray.models import Endpoint  # noqa: E402
-from bt_ray.one_core import one_core  # noqa: E402
 from bt_ray.settings.config import make_config  # noqa: E402
+from bt_ray.trial.one_core import one_core  # noqa: E402
 
 
 class Double(dspy.Signature):  # type: ignore[misc]

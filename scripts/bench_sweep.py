@@ -240,11 +240,11 @@ def looped(values: dict[str, Any]) -> dict[str, Any]:
     from support.reference import Reference, reference_run
     from support.slot_models import SlotModels
 
-    from bt_ray.lm import assign_lm
     from bt_ray.settings.config import make_config
     from bt_ray.slot.slot import Slot
     from bt_ray.task.task import load_task
     from bt_ray.task.teachers import stand_in_for
+    from bt_ray.trial.lm import assign_lm
 
     starts = 0
     served = Slot.serve

@@ -38,9 +38,9 @@ from support.scripted_model import write_model  # noqa: E402
 from support.slot_host import Host  # noqa: E402
 from support.slot_models import SlotModels  # noqa: E402
 
-from bt_ray.lm import ServedLM  # noqa: E402
 from bt_ray.run_dir.storage import Directory, Storage, open_storage  # noqa: E402
 from bt_ray.settings.config import make_config  # noqa: E402
+from bt_ray.trial.lm import ServedLM  # noqa: E402
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would what they start
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import simpy
 
-from bt_ray.claims import ClaimTable
 from bt_ray.pool.policy import Placement
 from bt_ray.pool.policy_types import Action, Ask, Fetch, Grant, Grow, Policy, Release, Revoke, Serve, Stop
 from bt_ray.strategy import BASELINE, SEPARATOR, all_prefixes, parent, prefixes, start_order, steps_to_come
+from bt_ray.trial.claims import ClaimTable
 from bt_ray.weights import Weights
 from simulation.schedules import lower_bound, trains
 

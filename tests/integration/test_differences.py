@@ -19,11 +19,11 @@ from support.slot_models import SlotModels
 from support.sole_claims import SoleWalk, sole_walk
 
 import bt_ray
-from bt_ray.better_together import drop_traced_forward
 from bt_ray.errors import InfrastructureFailure, TaskError
-from bt_ray.failure_latch import FailureLatch
-from bt_ray.lm import ServedEngine, ServedLM, assign_lm, served_lm
 from bt_ray.settings.config import make_config
+from bt_ray.trial.better_together import drop_traced_forward
+from bt_ray.trial.failure_latch import FailureLatch
+from bt_ray.trial.lm import ServedEngine, ServedLM, assign_lm, served_lm
 
 
 def walk(task: bt_ray.Task, lm: ServedLM, strategy: str, **arguments: Any) -> SoleWalk:

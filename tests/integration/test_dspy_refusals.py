@@ -13,10 +13,10 @@ from support.both_sides import both, by_bt_ray, by_dspy, told
 from support.known import Known, OnlyTrainset, Pair, Told, skill
 
 from bt_ray.errors import BtRayError, TaskError
-from bt_ray.lm import ServedLM
 from bt_ray.preflight import Checked, check_sweep
 from bt_ray.settings.config import make_config
 from bt_ray.task.task import Task
+from bt_ray.trial.lm import ServedLM
 
 
 @pytest.fixture

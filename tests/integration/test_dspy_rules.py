@@ -21,10 +21,10 @@ from support.both_sides import Result, both, by_bt_ray, by_dspy, skills, told
 from support.known import Becomes, Known, Noting, OnlyTrainset, Pair, Told, skill
 
 from bt_ray.errors import TaskError
-from bt_ray.lm import ServedLM, ServedProvider
 from bt_ray.settings.config import SweepConfig, make_config
 from bt_ray.strategy import SEPARATOR
 from bt_ray.task.task import StepContext, Task
+from bt_ray.trial.lm import ServedLM, ServedProvider
 
 # What runs, and in which order
 

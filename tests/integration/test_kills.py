@@ -24,10 +24,10 @@ from support.scripted_model import write_model
 from support.slot_models import SlotModels
 from support.sweep_files import toml
 
-from bt_ray.lm import assign_lm
 from bt_ray.run_dir.results import SweepResult
 from bt_ray.run_dir.storage import Storage, open_storage
 from bt_ray.settings.config import make_config
+from bt_ray.trial.lm import assign_lm
 
 pytestmark = [pytest.mark.long, pytest.mark.alone, pytest.mark.timeout(600)]
 ALL = [" -> ".join(keys) for length in (1, 2, 3) for keys in itertools.product("pw", repeat=length)]

@@ -25,10 +25,10 @@ from support.reference import reference_run
 from support.slot_models import SlotModels
 from support.sole_claims import sole_walk
 
-from bt_ray.better_together import StepOutcome
-from bt_ray.lm import ServedLM, assign_lm
 from bt_ray.settings.config import make_config
 from bt_ray.task.task import StepContext, Task
+from bt_ray.trial.better_together import StepOutcome
+from bt_ray.trial.lm import ServedLM, assign_lm
 
 SEED = 3
 

@@ -15,7 +15,7 @@ from support.processes import MarkedProcesses, wait_for
 import bt_ray
 from bt_ray.run_dir.run_directory import read_steps
 from bt_ray.run_dir.storage import open_storage
-from bt_ray.spread_evaluation import gathered, shares, spread
+from bt_ray.trial.parallel_evaluation import gathered, shares, spread
 
 THREE = {"processes": 3}
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import dspy
 
-from bt_ray.lm import ServedLM, assign_lm
 from bt_ray.task.task import StepContext, Task
+from bt_ray.trial.lm import ServedLM, assign_lm
 from support import known, tasks
 from support.known import Told, skill, skill_of
 from support.sole_claims import sole_walk

@@ -29,14 +29,14 @@ SOCKET = "BT_RAY_TEST_FORKED_WORKERS"
 STREAMS = (0, 1, 2)
 IMPORTED = (
     "ray.tune",
-    "bt_ray.trial",
-    "bt_ray.trial_setup",
-    "bt_ray.better_together",
-    "bt_ray.kept_steps",
-    "bt_ray.one_core",
+    "bt_ray.trial.trial",
+    "bt_ray.trial.setup",
+    "bt_ray.trial.better_together",
+    "bt_ray.trial.steps",
+    "bt_ray.trial.one_core",
     "bt_ray.pool.leased_models",
     "bt_ray.pool.server_pool",
-    "bt_ray.actors.step_claims",
+    "bt_ray.trial.claims_actor",
 )
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import dspy
 
-from bt_ray.lm import ServedLM
 from bt_ray.task.task import StepContext, Task, step_seed
+from bt_ray.trial.lm import ServedLM
 
 
 class Reference(dspy.BetterTogether):  # type: ignore[misc]

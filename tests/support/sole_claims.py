@@ -6,19 +6,19 @@ from typing import Any
 
 import dspy
 
-from bt_ray.better_together import StepOutcome, SweepBetterTogether
-from bt_ray.evaluation import LocalEvaluator
-from bt_ray.kept_steps import KeptSteps
-from bt_ray.lm import ServedEngine, ServedLM, assign_lm
 from bt_ray.run_dir.results import StepFailure
 from bt_ray.run_dir.step_store import FinishedStep, StepStore
 from bt_ray.run_dir.storage import open_storage
-from bt_ray.served_models import ServedModels
 from bt_ray.settings.config import make_config
 from bt_ray.step import StepKey
 from bt_ray.strategy import parent, prefixes
 from bt_ray.task.fingerprint import digest
 from bt_ray.task.task import Task
+from bt_ray.trial.better_together import StepOutcome, SweepBetterTogether
+from bt_ray.trial.evaluation import LocalEvaluator
+from bt_ray.trial.lm import ServedEngine, ServedLM, assign_lm
+from bt_ray.trial.program_lms import ServedModels
+from bt_ray.trial.steps import KeptSteps
 
 
 class SoleClaims:

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from test_store import STEP
 
-from bt_ray.claims import ClaimTable
 from bt_ray.run_dir.results import StepFailure
 from bt_ray.run_dir.step_store import StepStore, attempt_name
 from bt_ray.run_dir.storage import Directory, Storage, open_storage
+from bt_ray.trial.claims import ClaimTable
 
 KEYS = ["a", "b", "c"]
 WORKERS = range(4)

@@ -14,12 +14,12 @@ from support.failing_server import failing_server
 from support.object_store import ObjectStore
 
 from bt_ray.errors import InfrastructureError, InfrastructureFailure, StorageError, TaskError
-from bt_ray.failure_latch import FailureLatch
-from bt_ray.failures import Side, side_of
-from bt_ray.lm import EmptyTrainingSet, ServedEngine, served_lm
 from bt_ray.models import Endpoint
 from bt_ray.run_dir.storage import Directory, open_storage
 from bt_ray.settings.config import LMConfig
+from bt_ray.trial.failure_latch import FailureLatch
+from bt_ray.trial.failures import Side, side_of
+from bt_ray.trial.lm import EmptyTrainingSet, ServedEngine, served_lm
 from bt_ray.weights import Weights
 
 BASE = Weights("base", "/base")
@@ -158,5 +158,5 @@ def test_an_exception_of_a_task_on_ray_is_its_own(local_ray: None) -> None:
 
 
 def test_ray_is_not_loaded_for_it() -> None:
-    code = "import sys; from bt_ray.failures import side_of; side_of(KeyError()); print('ray' in sys.modules)"
+    code = "import sys; from bt_ray.trial.failures import side_of; side_of(KeyError()); print('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

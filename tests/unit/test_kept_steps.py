@@ -7,12 +7,12 @@ import dspy
 import pytest
 from support.sole_claims import OwnSteps, SoleClaims
 
-from bt_ray.better_together import StepOutcome
 from bt_ray.errors import InfrastructureError, InfrastructureFailure, StorageError
-from bt_ray.failure_latch import FailureLatch
-from bt_ray.lm import ServedEngine
 from bt_ray.models import NoModels
 from bt_ray.run_dir.step_store import StepStore
+from bt_ray.trial.better_together import StepOutcome
+from bt_ray.trial.failure_latch import FailureLatch
+from bt_ray.trial.lm import ServedEngine
 
 
 class LostClaims(SoleClaims):

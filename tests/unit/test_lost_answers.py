@@ -8,8 +8,8 @@ from dspy.utils.exceptions import LMServerError
 from support import tasks
 
 from bt_ray.errors import InfrastructureFailure
-from bt_ray.evaluation import LostAnswers, told
-from bt_ray.failure_latch import FailureLatch
+from bt_ray.trial.evaluation import LostAnswers, told
+from bt_ray.trial.failure_latch import FailureLatch
 
 
 class Asking(dspy.Module):  # type: ignore[misc]

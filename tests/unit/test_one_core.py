@@ -8,7 +8,7 @@ import threading
 import pytest
 from support.processes import wait_for
 
-from bt_ray.one_core import LOOK_S, RECONSIDER_S, Decision, keep_on, one_core, running_core
+from bt_ray.trial.one_core import LOOK_S, RECONSIDER_S, Decision, keep_on, one_core, running_core
 
 ALL = os.sched_getaffinity(0)
 several_cores = pytest.mark.skipif(len(ALL) < 2, reason="there is one core")

@@ -263,7 +263,7 @@ def _setting(value: Any) -> Any:
     """A parameter of a client: what lets it in, and where it is, is left out of whatever dicts there are."""
     if type(value) is dict:
         return pairs({repr(name): _setting(item) for name, item in value.items() if not is_of_a_client(name)})
-    if type(value).__module__ == "bt_ray.lm":  # who serves the weights that `model` names
+    if type(value).__module__ == "bt_ray.trial.lm":  # who serves the weights that `model` names
         return Node("served")
     return Ref(value, Mode.KEYWORDS)
 

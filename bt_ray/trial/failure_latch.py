@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from bt_ray.errors import InfrastructureFailure
-from bt_ray.failures import Side, side_of
+from bt_ray.trial.failures import Side, side_of
 
 logger = logging.getLogger(__name__)
 Found = TypeVar("Found")

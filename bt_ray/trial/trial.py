@@ -18,15 +18,15 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from bt_ray.errors import BtRayError, InfrastructureError, InfrastructureFailure
-from bt_ray.failures import Side, side_of
 from bt_ray.layout import SCRATCH, TRIAL_FAILURE, TRIAL_LOG, TRIALS
 from bt_ray.mlflow_runs import traced
 from bt_ray.pool.metrics import TrialMetrics
 from bt_ray.run_dir.results import Candidate, StepFailure, failure_of
 from bt_ray.run_dir.step_store import FinishedStep
-from bt_ray.spread_evaluation import opened_evaluator
 from bt_ray.strategy import BASELINE, SEPARATOR, steps_to_come
-from bt_ray.trial_setup import TrialSetup, dspy_settings, log_file, student, work_folder
+from bt_ray.trial.failures import Side, side_of
+from bt_ray.trial.parallel_evaluation import opened_evaluator
+from bt_ray.trial.setup import TrialSetup, dspy_settings, log_file, student, work_folder
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +61,10 @@ def _walk(strategy: str, setup: TrialSetup, folder: str, work_folder: Path, repo
     """Walk the strategy; returns how the step failed that ended it early, None if it went to its end."""
     import dspy
 
-    from bt_ray.actors.step_claims import RemoteClaims
-    from bt_ray.better_together import SweepBetterTogether
-    from bt_ray.kept_steps import KeptSteps
-    from bt_ray.lm import student_lm
+    from bt_ray.trial.better_together import SweepBetterTogether
+    from bt_ray.trial.claims_actor import RemoteClaims
+    from bt_ray.trial.lm import student_lm
+    from bt_ray.trial.steps import KeptSteps
 
     config, name, to_come = setup.config, f"trial {strategy}", steps_to_come(setup.keys)
     with (
@@ -169,9 +169,9 @@ def _placed(setup: TrialSetup) -> tuple[Any, PlacementGroup]:
 def _evaluate_on_testset(setup: TrialSetup, best: Candidate) -> Tested:
     import dspy
 
-    from bt_ray.evaluation import Limits
-    from bt_ray.kept_steps import load_state
-    from bt_ray.served_models import assign_versions
+    from bt_ray.trial.evaluation import Limits
+    from bt_ray.trial.program_lms import assign_versions
+    from bt_ray.trial.steps import load_state
 
     config, name = setup.config, f"test of {best.prefix or 'baseline'}"
     folder = f"{TRIALS}/test-{setup.keys[best.prefix].key[:12]}"

@@ -18,10 +18,10 @@ from dspy.clients.provider import Provider, TrainingJob
 from dspy.lm15 import ContextLengthError, InvalidRequestError, LM15Error, Request, Response, RouterConfig
 
 from bt_ray.errors import InfrastructureError, ServerError, TaskError
-from bt_ray.failure_latch import FailureLatch
-from bt_ray.failures import is_lost_answer, is_refusal
 from bt_ray.models import Endpoint, Models
 from bt_ray.settings.config import LMConfig
+from bt_ray.trial.failure_latch import FailureLatch
+from bt_ray.trial.failures import is_lost_answer, is_refusal
 from bt_ray.weights import Weights
 
 MODEL_PREFIX = "openai/"

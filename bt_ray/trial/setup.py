@@ -55,13 +55,13 @@ def student(setup: TrialSetup, holder: str, threads: int) -> Iterator[tuple[Any,
 
     import dspy
 
-    from bt_ray.failure_latch import FailureLatch
-    from bt_ray.lm import ServedEngine
     from bt_ray.models import NoModels
-    from bt_ray.one_core import one_core
     from bt_ray.pool.leased_models import LeasedModels
-    from bt_ray.served_models import ServedModels, serving
     from bt_ray.task.task import load_task
+    from bt_ray.trial.failure_latch import FailureLatch
+    from bt_ray.trial.lm import ServedEngine
+    from bt_ray.trial.one_core import one_core
+    from bt_ray.trial.program_lms import ServedModels, serving
 
     config = setup.config
     none = NoModels("This sweep serves no model.")

@@ -21,12 +21,12 @@ from dspy.teleprompt.bootstrap_finetune import FinetuneTeleprompter
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from bt_ray.errors import TaskError
-from bt_ray.evaluation import Evaluator, Limits, LostAnswers, Scores
-from bt_ray.lm import STEP_SETTING, EmptyTrainingSet, ServedEngine, student_lm
 from bt_ray.run_dir.results import StepFailure, failure_of
 from bt_ray.strategy import BASELINE, SEPARATOR
 from bt_ray.task.task import StepContext, Task, step_seed
 from bt_ray.task.teachers import stand_in_for
+from bt_ray.trial.evaluation import Evaluator, Limits, LostAnswers, Scores
+from bt_ray.trial.lm import STEP_SETTING, EmptyTrainingSet, ServedEngine, student_lm
 
 logger = logging.getLogger(__name__)
 

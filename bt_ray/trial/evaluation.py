@@ -9,9 +9,9 @@ import dspy
 from dspy.utils.callback import BaseCallback
 
 from bt_ray.errors import TaskError
-from bt_ray.failure_latch import FailureLatch
-from bt_ray.failures import is_lost_answer
 from bt_ray.run_dir.results import one_line
+from bt_ray.trial.failure_latch import FailureLatch
+from bt_ray.trial.failures import is_lost_answer
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Who computes a step, so that each is computed once however many trials want it.
 
 A claim is a trial's right to compute and commit a step, until it commits, fails or dies. Whoever else wants the step waits,
-and takes over at once if the claim ends without a commit. `bt_ray.actors.step_claims` puts the table into an actor.
+and takes over at once if the claim ends without a commit. `bt_ray.trial.claims_actor` puts the table into an actor.
 """
 
 import asyncio

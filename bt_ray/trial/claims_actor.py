@@ -10,15 +10,15 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from bt_ray.claims import ClaimTable
 from bt_ray.pool.calls import ask
 from bt_ray.pool.liveness import this_actor, until_dead
 from bt_ray.run_dir.results import StepFailure
+from bt_ray.trial.claims import ClaimTable
 
 
 @ray.remote(num_cpus=0)
 class StepClaims:
-    """`bt_ray.claims.ClaimTable`, whose claims end when the trial dies that holds them.
+    """`bt_ray.trial.claims.ClaimTable`, whose claims end when the trial dies that holds them.
 
     Args:
         committed: The keys of the steps that are finished.
@@ -61,7 +61,7 @@ class StepClaims:
 
 
 class RemoteClaims:
-    """`bt_ray.kept_steps.Claims` for one trial."""
+    """`bt_ray.trial.steps.Claims` for one trial."""
 
     def __init__(self, claims: "ActorHandle[Any]") -> None:
         self._claims = claims

@@ -8,9 +8,9 @@ from pathlib import Path
 import dspy
 
 from bt_ray.errors import TaskError
-from bt_ray.lm import MODEL_PREFIX, ServedEngine, ServedLM, assign_lm, served_lm
 from bt_ray.settings.config import SweepConfig
 from bt_ray.settings.toml import looks_like_path
+from bt_ray.trial.lm import MODEL_PREFIX, ServedEngine, ServedLM, assign_lm, served_lm
 from bt_ray.weights import Weights, base_weights, model_name
 
 

@@ -14,15 +14,15 @@ from typing import Any, Protocol
 
 import dspy
 
-from bt_ray.better_together import StepOutcome
 from bt_ray.errors import InfrastructureError, InfrastructureFailure, StepFailed
-from bt_ray.failures import Side, side_of
-from bt_ray.lm import Usage
 from bt_ray.run_dir.results import StepFailure, failure_of
 from bt_ray.run_dir.step_store import FinishedStep, StepStore, attempt_name
-from bt_ray.served_models import ServedModels, api_models_of, assign_versions, weights_of
 from bt_ray.step import StepKey
 from bt_ray.task.fingerprint import versions
+from bt_ray.trial.better_together import StepOutcome
+from bt_ray.trial.failures import Side, side_of
+from bt_ray.trial.lm import Usage
+from bt_ray.trial.program_lms import ServedModels, api_models_of, assign_versions, weights_of
 from bt_ray.weights import Weights
 
 VISIBLE_S = 60.0
@@ -47,7 +47,7 @@ class Claims(Protocol):
 
 
 class KeptSteps:
-    """`bt_ray.better_together.Steps` on the step store.
+    """`bt_ray.trial.better_together.Steps` on the step store.
 
     Args:
         store: Where finished steps are.
@@ -178,7 +178,7 @@ class KeptSteps:
 
 @dataclass
 class KeptClaim:
-    """`bt_ray.better_together.Claim`."""
+    """`bt_ray.trial.better_together.Claim`."""
 
     steps: KeptSteps
     key: StepKey

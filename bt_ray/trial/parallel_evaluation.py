@@ -14,15 +14,15 @@ import ray
 
 from bt_ray.errors import InfrastructureError, InfrastructureFailure
 from bt_ray.layout import TRIAL_LOG
-from bt_ray.trial_setup import TrialSetup, dspy_settings, log_file, student, work_folder
+from bt_ray.trial.setup import TrialSetup, dspy_settings, log_file, student, work_folder
 from bt_ray.weights import Weights
 
 if TYPE_CHECKING:
     import dspy
 
-    from bt_ray.evaluation import Evaluator, Limits, Scores
-    from bt_ray.lm import Usage
-    from bt_ray.served_models import ServedModels
+    from bt_ray.trial.evaluation import Evaluator, Limits, Scores
+    from bt_ray.trial.lm import Usage
+    from bt_ray.trial.program_lms import ServedModels
 
 T = TypeVar("T")
 CLOSE_S = 10.0
@@ -34,7 +34,7 @@ class SavedProgram:
     """A program as another process rebuilds it.
 
     Attributes:
-        state: As `bt_ray.kept_steps.program_state` makes it.
+        state: As `bt_ray.trial.steps.program_state` makes it.
         weights: The id of the weights that each predictor with a served LM uses, by the predictor's name.
         api_models: The model of each other predictor's LM.
         known: These weights, by id.
@@ -47,8 +47,8 @@ class SavedProgram:
 
     @classmethod
     def of(cls, program: "dspy.Module", known: Mapping[str, Weights]) -> "SavedProgram":
-        from bt_ray.kept_steps import program_state
-        from bt_ray.served_models import api_models_of, weights_of
+        from bt_ray.trial.program_lms import api_models_of, weights_of
+        from bt_ray.trial.steps import program_state
 
         weights = weights_of(program)
         used = {weights_id: known[weights_id] for weights_id in weights.values()}
@@ -56,7 +56,7 @@ class SavedProgram:
 
     def rebuilt(self, task_program: "dspy.Module", models: "ServedModels") -> "dspy.Module":
         """The program, from the one that the task gives."""
-        from bt_ray.kept_steps import rebuilt
+        from bt_ray.trial.steps import rebuilt
 
         return rebuilt(task_program, self.state, self.weights, self.api_models, models, self.known.__getitem__)
 
@@ -72,7 +72,7 @@ class EvaluatingProcess:
     """
 
     def __init__(self, setup: TrialSetup, holder: str, folder: str) -> None:
-        from bt_ray.evaluation import LocalEvaluator
+        from bt_ray.trial.evaluation import LocalEvaluator
 
         self._setup = setup
         self._opened = ExitStack()
@@ -92,15 +92,15 @@ class EvaluatingProcess:
         Args:
             saved: The program.
             examples: The examples.
-            limits: As `bt_ray.evaluation.Evaluator` has them.
+            limits: As `bt_ray.trial.evaluation.Evaluator` has them.
             urgency: Of the trial's leases.
 
         Raises:
-            BtRayError: As `bt_ray.evaluation.Evaluator`.
+            BtRayError: As `bt_ray.trial.evaluation.Evaluator`.
         """
         import dspy
 
-        from bt_ray.lm import STEP_SETTING
+        from bt_ray.trial.lm import STEP_SETTING
 
         engine, program = self._models.engine, saved.rebuilt(self._program, self._models)
         engine.latch.release()
@@ -130,13 +130,13 @@ def opened_evaluator(
 
     Args:
         setup: What the trial knows.
-        task: Its task, as `bt_ray.trial_setup.student` gives it.
+        task: Its task, as `bt_ray.trial.setup.student` gives it.
         models: Its models, likewise.
         hosted: Who hosts them, likewise.
         name: The trial's name, for the pool.
         folder: The trial's folder below the run directory.
     """
-    from bt_ray.evaluation import LocalEvaluator
+    from bt_ray.trial.evaluation import LocalEvaluator
 
     own = LocalEvaluator(task.metric, models.engine.latch)
     if setup.config.trial.processes == 1:
@@ -150,7 +150,7 @@ def opened_evaluator(
 
 
 class SpreadEvaluator:
-    """`bt_ray.evaluation.Evaluator` of this process and others.
+    """`bt_ray.trial.evaluation.Evaluator` of this process and others.
 
     Args:
         own: Evaluates in this process.
@@ -180,7 +180,7 @@ class SpreadEvaluator:
         self._start()
 
     def scores(self, program: "dspy.Module", examples: "Sequence[dspy.Example]", limits: "Limits") -> "Scores":
-        from bt_ray.evaluation import Scores, stopped
+        from bt_ray.trial.evaluation import Scores, stopped
 
         self._start()
         self._hosted.give_back()  # what this process has may be what the others ask for
