@@ -159,8 +159,8 @@ def plan(
     with _told_errors():
         config = _load(file, strategy, run_dir, assignments)
         from bt_ray.driver import run_directory
-        from bt_ray.plan import make_plan
         from bt_ray.preflight import check_sweep
+        from bt_ray.report.plan import make_plan
         from bt_ray.report.steps import plan_lines, step_tree
         from bt_ray.run_dir.step_store import StepStore
         from bt_ray.run_dir.storage import open_storage
@@ -208,7 +208,7 @@ def status(
     console = Console()
     with _told_errors():
         from bt_ray.report.state import headline, server_table, trial_table
-        from bt_ray.status import read_status
+        from bt_ray.report.status import read_status
 
         read = read_status(_existing(run_dir))
         if as_json:

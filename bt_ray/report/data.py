@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bt_ray.comparison import Interval, Verdict, interval, verdict
 from bt_ray.layout import CONFIG, EVENTS, RESULT, STATUS, TRAININGS, WEIGHTS
+from bt_ray.report.comparison import Interval, Verdict, interval, verdict
 from bt_ray.run_dir.examples import KeptExample, examples_file, read_examples
 from bt_ray.run_dir.results import SweepResult, TrialResult
 from bt_ray.run_dir.run_directory import read_steps

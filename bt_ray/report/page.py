@@ -26,7 +26,7 @@ NOTHING = Predictor("", ())
 
 def report_page(report: Report) -> str:
     """The page's HTML."""
-    loader = jinja2.FunctionLoader(lambda name: (files("bt_ray") / "template" / name).read_text(encoding="utf-8"))
+    loader = jinja2.FunctionLoader(lambda name: (files("bt_ray.report") / name).read_text(encoding="utf-8"))
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": percent, "cost": cost_in_words, "errors": errors_in_words}
     ranked = ranked_nodes(report)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from rich.markup import escape
 from rich.tree import Tree
 
-from bt_ray.plan import Plan
+from bt_ray.report.plan import Plan
 from bt_ray.report.table import percent
 from bt_ray.run_dir.step_store import FinishedStep
 from bt_ray.step import StepKey

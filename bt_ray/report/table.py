@@ -6,7 +6,7 @@ from statistics import mean, stdev
 from rich.table import Table
 from rich.text import Text
 
-from bt_ray.comparison import interval, verdict
+from bt_ray.report.comparison import interval, verdict
 from bt_ray.run_dir.results import Candidate, SweepResult
 from bt_ray.strategy import length, variant_name
 

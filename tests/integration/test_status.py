@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from bt_ray.cli import app
 from bt_ray.layout import STATUS
 from bt_ray.report.state import SILENT, headline
+from bt_ray.report.status import read_status
 from bt_ray.run_dir.status_file import SweepState
 from bt_ray.run_dir.storage import Storage, open_storage
-from bt_ray.status import read_status
 
 
 def said(run_dir: str, *options: str) -> str:

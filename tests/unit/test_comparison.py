@@ -9,7 +9,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from bt_ray.comparison import compared, corrected, interval, p_value, verdict
+from bt_ray.report.comparison import compared, corrected, interval, p_value, verdict
 from bt_ray.run_dir.results import Candidate, SweepResult, TrialResult
 
 RANDOM = np.random.default_rng(7)

@@ -26,10 +26,7 @@ LAYERS: dict[str, set[str]] = {
     "task": {"errors", "strategy", "weights", "step", "settings"},
     "slot": {"errors", "layout", "weights", "models", "settings", "run_dir"},
     "pool": {"errors", "weights", "events", "models", "settings", "run_dir", "slot"},
-    "comparison": {"run_dir"},
-    "plan": {"strategy", "step", "run_dir"},
-    "report": {"layout", "strategy", "weights", "events", "step", "run_dir", "comparison", "plan"},
-    "status": {"errors", "layout", "run_dir", "plan", "report"},
+    "report": {"errors", "layout", "strategy", "weights", "events", "step", "run_dir"},
     "mlflow_runs": {"errors", "strategy", "events", "settings", "run_dir", "report"},
     "tune_loggers": {"settings"},
     "trial": {
@@ -57,8 +54,8 @@ LAYERS: dict[str, set[str]] = {
     },
     "starter": {"errors"},
     "cli": {
-        "errors", "settings", "run_dir", "pool", "plan", "report", "status", "best", "export", "served_best",
-        "cluster", "cpu_cost", "jobs", "preflight", "driver", "starter",
+        "errors", "settings", "run_dir", "pool", "report", "best", "export", "served_best", "cluster", "cpu_cost",
+        "jobs", "preflight", "driver", "starter",
     },
     "__init__": {"errors", "settings", "run_dir", "task", "trial", "best", "driver"},
 }  # fmt: skip
@@ -69,7 +66,7 @@ RAY_ROOMS = {
 }  # fmt: skip
 IN_A_CHILD = {"arithmetic", "engine", "cores", "layers", "main", "trainer"}
 """Modules that run in a process of their own, with PyTorch."""
-DSPY_FREE = ("cli", "pool.server_pool", "report.steps", "report.page", "status", "run_dir.prune", "run_dir.examples")
+DSPY_FREE = ("cli", "pool.server_pool", "report.steps", "report.page", "report.status", "run_dir.prune", "run_dir.examples")
 """What looks at a run directory, and the pool's actor, start in a second: they import no DSPy."""
 TORCH_FREE = {"torch", "trl", "peft", "transformers", "datasets", "accelerate"}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from bt_ray.errors import ConfigError
 from bt_ray.layout import CONFIG, EVENTS, STATUS
-from bt_ray.plan import make_plan
+from bt_ray.report.plan import make_plan
 from bt_ray.report.state import step_lines, waiting_lines
 from bt_ray.run_dir.run_directory import read_steps
 from bt_ray.run_dir.status_file import SweepState
