@@ -15,7 +15,6 @@ from bt_ray.cpu_cost import describe_here
 from bt_ray.errors import ConfigError, InfrastructureError, TaskError
 from bt_ray.events import Event, Stage, StepFinished, TrialEnded, TrialWaits
 from bt_ray.layout import RESULT, TRIALS
-from bt_ray.mlflow_runs import mlflow_runs
 from bt_ray.preflight import CheckedSweep, check_sweep
 from bt_ray.run_dir.examples import examples_file, keep_examples
 from bt_ray.run_dir.lock import held
@@ -30,6 +29,7 @@ from bt_ray.settings.toml import with_absolute_paths
 from bt_ray.strategy import BASELINE, parent, prefixes, start_order
 from bt_ray.task.fingerprint import digest
 from bt_ray.task.task import TaskFunction, task_spec
+from bt_ray.tracking.mlflow_runs import mlflow_runs
 from bt_ray.tuning import Trial, run_search, run_trials
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from bt_ray.events import Event, Stage, StepFinished, TrialLost, TrialStarted
 from bt_ray.run_dir.node_disk import Scratch
 from bt_ray.search_walk import SearchWalk
 from bt_ray.strategy import SEPARATOR
-from bt_ray.tune_loggers import tune_loggers
+from bt_ray.tracking.tune_loggers import tune_loggers
 
 if TYPE_CHECKING:
     from bt_ray.trial.setup import TrialSetup

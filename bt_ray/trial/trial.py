@@ -19,11 +19,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from bt_ray.errors import BtRayError, InfrastructureError, InfrastructureFailure
 from bt_ray.layout import SCRATCH, TRIAL_FAILURE, TRIAL_LOG, TRIALS
-from bt_ray.mlflow_runs import traced
 from bt_ray.pool.metrics import TrialMetrics
 from bt_ray.run_dir.results import Candidate, StepFailure, failure_of
 from bt_ray.run_dir.step_store import FinishedStep
 from bt_ray.strategy import BASELINE, SEPARATOR, steps_to_come
+from bt_ray.tracking.mlflow_runs import traced
 from bt_ray.trial.failures import Side, side_of
 from bt_ray.trial.parallel_evaluation import opened_evaluator
 from bt_ray.trial.setup import TrialSetup, dspy_settings, log_file, student, work_folder

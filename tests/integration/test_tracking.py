@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 import bt_ray
 from bt_ray.cli import app
 from bt_ray.events import Stage, StepFinished
-from bt_ray.mlflow_runs import traced
 from bt_ray.settings.config import make_config
+from bt_ray.tracking.mlflow_runs import traced
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

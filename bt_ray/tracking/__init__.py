@@ -1,0 +1,1 @@
+"""A sweep in MLflow, TensorBoard and Weights & Biases."""
