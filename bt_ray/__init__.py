@@ -7,7 +7,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bt_ray.best import load
     from bt_ray.driver import sweep
     from bt_ray.errors import BtRayError
     from bt_ray.run_dir.results import Candidate, SweepResult, TrialResult
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from bt_ray.task.task import StepContext, Task
     from bt_ray.task.teachers import gold_label_teacher
     from bt_ray.trial.program_lms import served
+    from bt_ray.winner.load import load
 
 _HOME = {
     "BtRayError": "errors",
@@ -26,7 +26,7 @@ _HOME = {
     "Task": "task.task",
     "TrialResult": "run_dir.results",
     "gold_label_teacher": "task.teachers",
-    "load": "best",
+    "load": "winner.load",
     "load_config": "settings.toml",
     "served": "trial.program_lms",
     "sweep": "driver",

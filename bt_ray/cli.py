@@ -308,9 +308,9 @@ def serve(
     On a cluster: ray job submit -- bt-ray serve /shared/runs/today
     """
     with _told_errors(), contextlib.ExitStack() as opened:
-        from bt_ray.best import find_best
         from bt_ray.cluster import inside_job
-        from bt_ray.served_best import MakeSlot, here, served_best
+        from bt_ray.winner.load import find_best
+        from bt_ray.winner.serve import MakeSlot, here, served_best
 
         kept = find_best(run_dir)
         if address is not None or inside_job():
@@ -348,7 +348,7 @@ def export(
     Example: bt-ray export runs/today --to my-program
     """
     with _told_errors():
-        from bt_ray.export import export as copy
+        from bt_ray.winner.export import export as copy
 
         exported = copy(run_dir, to)
         typer.echo(f"{exported.folder}: {exported.size / 1e9:.2f} GB. README.md there says how to use it.")

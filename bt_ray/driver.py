@@ -9,7 +9,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bt_ray.best import keep_best
 from bt_ray.cluster import Listener, cause_of, connected, inside_job, opened_pool, step_claims, watched
 from bt_ray.cpu_cost import describe_here
 from bt_ray.errors import ConfigError, InfrastructureError, TaskError
@@ -31,6 +30,7 @@ from bt_ray.task.fingerprint import digest
 from bt_ray.task.task import TaskFunction, task_spec
 from bt_ray.tracking.mlflow_runs import mlflow_runs
 from bt_ray.tuning import Trial, run_search, run_trials
+from bt_ray.winner.load import keep_best
 
 if TYPE_CHECKING:
     from bt_ray.trial.setup import TrialSetup

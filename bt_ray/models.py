@@ -1,7 +1,7 @@
 """The contract between those who ask models and those who host them: what is asked, where it is answered, what a refusal is.
 
 The pool of a sweep implements it over Ray (`bt_ray.pool.leased_models`); `bt_ray.load` over one local process
-(`bt_ray.local_models`).
+(`bt_ray.winner.local_models`).
 """
 
 from collections.abc import Iterator, Sequence

@@ -89,7 +89,7 @@ class RemoteSlot:
 def on_cluster(
     config: SweepConfig, run_dir: str, port: int, tell: Callable[[str], None]
 ) -> Callable[[int, Weights, str], RemoteSlot]:
-    """Makes slots on the cluster, for `bt_ray.served_best.served_best`.
+    """Makes slots on the cluster, for `bt_ray.winner.serve.served_best`.
 
     What it gives raises `ResourcesError` where no node of the cluster is large enough.
 

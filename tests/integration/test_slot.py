@@ -15,7 +15,6 @@ from support.processes import wait_for
 from support.scripted_model import write_model
 
 from bt_ray.errors import InfrastructureError, ServerError, TrainingError
-from bt_ray.local_models import LocalModels
 from bt_ray.run_dir.storage import open_storage
 from bt_ray.settings.config import SweepConfig, make_config
 from bt_ray.slot.child import ChildProcess
@@ -23,6 +22,7 @@ from bt_ray.slot.slot import Slot
 from bt_ray.trial.failure_latch import FailureLatch
 from bt_ray.trial.lm import ServedEngine, served_lm
 from bt_ray.weights import Weights, base_weights
+from bt_ray.winner.local_models import LocalModels
 
 
 @pytest.fixture

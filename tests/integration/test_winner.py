@@ -19,9 +19,9 @@ from support.scripted_model import read_skill
 from typer.testing import CliRunner
 
 import bt_ray
-from bt_ray.best import find_best
 from bt_ray.cli import app
-from bt_ray.export import export
+from bt_ray.winner.export import export
+from bt_ray.winner.load import find_best
 
 NUMBERS = (26, 27)
 ANSWERS = ["52", "wrong"]

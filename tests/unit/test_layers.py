@@ -32,14 +32,7 @@ LAYERS: dict[str, set[str]] = {
         "errors", "layout", "strategy", "weights", "models", "step", "settings", "run_dir", "task", "pool",
         "tracking",
     },
-    "local_models": {"errors", "weights", "models", "settings", "run_dir", "slot"},
-    "remote_models": {"errors", "weights", "models"},
-    "best": {
-        "errors", "location", "layout", "weights", "models", "settings", "run_dir", "task", "trial", "local_models",
-        "remote_models",
-    },
-    "export": {"errors", "layout", "weights", "run_dir", "slot", "best"},
-    "served_best": {"errors", "weights", "models", "slot", "best"},
+    "winner": {"errors", "location", "layout", "weights", "models", "settings", "run_dir", "task", "slot", "trial"},
     "cluster": {"errors", "weights", "events", "settings", "run_dir", "pool", "trial"},
     "cpu_cost": {"errors", "weights", "settings", "task", "slot"},
     "jobs": {"errors"},
@@ -48,15 +41,15 @@ LAYERS: dict[str, set[str]] = {
     "search_walk": {"strategy", "settings", "run_dir", "search"},
     "tuning": {"errors", "strategy", "events", "run_dir", "tracking", "trial", "search_walk"},
     "driver": {
-        "errors", "layout", "strategy", "events", "settings", "run_dir", "task", "tracking", "trial", "best",
+        "errors", "layout", "strategy", "events", "settings", "run_dir", "task", "tracking", "trial", "winner",
         "cluster", "cpu_cost", "preflight", "search_walk", "tuning",
     },
     "starter": {"errors"},
     "cli": {
-        "errors", "settings", "run_dir", "pool", "report", "best", "export", "served_best", "cluster", "cpu_cost",
-        "jobs", "preflight", "driver", "starter",
+        "errors", "settings", "run_dir", "pool", "report", "winner", "cluster", "cpu_cost", "jobs", "preflight",
+        "driver", "starter",
     },
-    "__init__": {"errors", "settings", "run_dir", "task", "trial", "best", "driver"},
+    "__init__": {"errors", "settings", "run_dir", "task", "trial", "winner", "driver"},
 }  # fmt: skip
 
 RAY_ROOMS = {

@@ -8,12 +8,12 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from bt_ray.best import Kept
 from bt_ray.errors import ConfigError
 from bt_ray.models import Endpoint
 from bt_ray.slot.child import open_port
 from bt_ray.slot.slot import Slot, SlotStatus
 from bt_ray.weights import Weights
+from bt_ray.winner.load import Kept
 
 LOOK_S = 1.0
 """Seconds between two looks at whether the servers are alive."""

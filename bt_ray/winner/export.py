@@ -9,7 +9,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from bt_ray.best import Kept, find_best
 from bt_ray.errors import ConfigError
 from bt_ray.layout import RESULT
 from bt_ray.run_dir.node_disk import Scratch
@@ -18,6 +17,7 @@ from bt_ray.run_dir.run_directory import read_steps
 from bt_ray.slot.node_weights import NodeWeights
 from bt_ray.weights import MANIFEST as WEIGHTS_MANIFEST
 from bt_ray.weights import Weights
+from bt_ray.winner.load import Kept, find_best
 
 FORMAT = 1
 PROGRAM, MODEL, CARD, MANIFEST = "program.json", "model", "README.md", "manifest.json"

@@ -13,10 +13,8 @@ import dspy
 
 from bt_ray.errors import BtRayError, ConfigError, TaskError
 from bt_ray.layout import BEST, BEST_MANIFEST, BEST_PROGRAM, WEIGHTS
-from bt_ray.local_models import LocalModels
 from bt_ray.location import parent_and_name
 from bt_ray.models import Models
-from bt_ray.remote_models import RemoteModels
 from bt_ray.run_dir.node_disk import Scratch
 from bt_ray.run_dir.results import Candidate
 from bt_ray.run_dir.step_store import StepStore
@@ -27,6 +25,8 @@ from bt_ray.trial.lm import ServedEngine
 from bt_ray.trial.program_lms import ServedModels, assign_versions, serving
 from bt_ray.trial.steps import installed_versions, load_state
 from bt_ray.weights import Weights
+from bt_ray.winner.local_models import LocalModels
+from bt_ray.winner.remote_models import RemoteModels
 
 
 def keep_best(best: Candidate, storage: Storage, bases: Mapping[str, Weights], config: SweepConfig, task: str) -> None:

@@ -1,0 +1,1 @@
+"""What a sweep leaves: the best program, opened, served and exported."""
