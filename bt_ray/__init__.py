@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bt_ray.driver import sweep
+    from bt_ray.driver.sweep import sweep
     from bt_ray.errors import BtRayError
     from bt_ray.run_dir.results import Candidate, SweepResult, TrialResult
     from bt_ray.settings.config import SweepConfig
@@ -29,7 +29,7 @@ _HOME = {
     "load": "winner.load",
     "load_config": "settings.toml",
     "served": "trial.program_lms",
-    "sweep": "driver",
+    "sweep": "driver.sweep",
 }
 
 __all__ = [

@@ -17,7 +17,7 @@ from bt_ray.settings.config import SweepConfig
 from bt_ray.settings.toml import load_config
 
 if TYPE_CHECKING:
-    from bt_ray.jobs import Jobs
+    from bt_ray.driver.jobs import Jobs
     from bt_ray.run_dir.storage import Storage
 
 app = typer.Typer(
@@ -104,9 +104,9 @@ def check(
     console = Console()
     with _told_errors():
         config = _load(file, strategy, run_dir, assignments)
-        from bt_ray.cpu_cost import describe_here
-        from bt_ray.driver import run_directory
-        from bt_ray.preflight import check_sweep
+        from bt_ray.driver.check import check_sweep
+        from bt_ray.driver.cpu_cost import describe_here
+        from bt_ray.driver.sweep import run_directory
 
         checked = check_sweep(config, run_directory(config), accept_changes=accept_changes)
         first = checked.first
@@ -158,8 +158,8 @@ def plan(
     console = Console()
     with _told_errors():
         config = _load(file, strategy, run_dir, assignments)
-        from bt_ray.driver import run_directory
-        from bt_ray.preflight import check_sweep
+        from bt_ray.driver.check import check_sweep
+        from bt_ray.driver.sweep import run_directory
         from bt_ray.report.plan import make_plan
         from bt_ray.report.steps import plan_lines, step_tree
         from bt_ray.run_dir.step_store import StepStore
@@ -308,13 +308,13 @@ def serve(
     On a cluster: ray job submit -- bt-ray serve /shared/runs/today
     """
     with _told_errors(), contextlib.ExitStack() as opened:
-        from bt_ray.cluster import inside_job
+        from bt_ray.driver.ray_session import inside_job
         from bt_ray.winner.load import find_best
         from bt_ray.winner.serve import MakeSlot, here, served_best
 
         kept = find_best(run_dir)
         if address is not None or inside_job():
-            from bt_ray.cluster import connected
+            from bt_ray.driver.ray_session import connected
             from bt_ray.pool.remote_slot import on_cluster
 
             opened.enter_context(connected(address, lambda event: None))
@@ -374,7 +374,7 @@ def sweep(
     console = Console()
     with _told_errors():
         config = _load(file, strategy, run_dir, assignments)
-        from bt_ray.driver import run_sweep
+        from bt_ray.driver.sweep import run_sweep
         from bt_ray.report.progress import Progress
         from bt_ray.report.table import closing_lines, result_table, spread_table
 
@@ -418,7 +418,7 @@ def submit(
     Example: bt-ray submit --follow raysubmit_Xe7cvjyGJCyuCvm2 --address http://head:8265
     """
     with _told_errors():
-        from bt_ray.jobs import Jobs, sweep_command
+        from bt_ray.driver.jobs import Jobs, sweep_command
 
         if (file is None) == (follow is None):
             raise ConfigError("Give the sweep's TOML, or --follow with a job.")
@@ -480,7 +480,7 @@ def _existing(run_dir: str) -> "Storage":
 
 
 def _load(file: Path, strategy: list[str] | None, run_dir: str | None, assignments: list[str] | None) -> SweepConfig:
-    from bt_ray.cluster import inside_job
+    from bt_ray.driver.ray_session import inside_job
 
     overrides = {"strategies": strategy or None, "run_dir": run_dir}
     return load_config(file, overrides, assignments or (), refuse_relative=inside_job())
@@ -499,7 +499,7 @@ def _resource_warnings(config: SweepConfig, address: str | None, slots: Collecti
         except ResourcesError as error:
             return [f"On this machine alone: {error}"]
         return []
-    from bt_ray.cluster import connected
+    from bt_ray.driver.ray_session import connected
     from bt_ray.pool.nodes import node_resources
 
     with connected(address, lambda event: None):

@@ -141,7 +141,7 @@ def spread(processes: list[int], count: int, in_flight: int, repeats: int) -> No
     import ray
 
     import bt_ray
-    from bt_ray.cluster import DRIVER_ENVIRONMENT
+    from bt_ray.driver.ray_session import DRIVER_ENVIRONMENT
     from bt_ray.run_dir.run_directory import read_steps
     from bt_ray.run_dir.storage import open_storage
 

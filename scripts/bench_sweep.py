@@ -182,7 +182,7 @@ def swept(values: dict[str, Any]) -> dict[str, Any]:
     import ray
 
     import bt_ray
-    from bt_ray.cluster import DRIVER_ENVIRONMENT
+    from bt_ray.driver.ray_session import DRIVER_ENVIRONMENT
 
     os.environ |= DRIVER_ENVIRONMENT
     ray.init(address="local", num_cpus=max(os.cpu_count() or 1, 8), include_dashboard=False, log_to_driver=False)

@@ -25,7 +25,7 @@ from itertools import product
 
 import numpy as np
 
-from bt_ray.search import StrategySearch
+from bt_ray.driver.search_model import StrategySearch
 from bt_ray.strategy import SEPARATOR, parent, prefixes
 
 OPTIMIZERS, MAX_LENGTH = ("p", "w"), 5

@@ -138,7 +138,7 @@ def local_ray(s3: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """One Ray of the test session's own, with more logical cores than the machine has."""
     import ray
 
-    from bt_ray.cluster import DRIVER_ENVIRONMENT
+    from bt_ray.driver.ray_session import DRIVER_ENVIRONMENT
 
     os.environ |= DRIVER_ENVIRONMENT
     with forked_workers(tmp_path_factory.mktemp("ray")):

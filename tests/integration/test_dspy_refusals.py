@@ -12,8 +12,8 @@ from support import known
 from support.both_sides import both, by_bt_ray, by_dspy, told
 from support.known import Known, OnlyTrainset, Pair, Told, skill
 
+from bt_ray.driver.check import Checked, check_sweep
 from bt_ray.errors import BtRayError, TaskError
-from bt_ray.preflight import Checked, check_sweep
 from bt_ray.settings.config import make_config
 from bt_ray.task.task import Task
 from bt_ray.trial.lm import ServedLM

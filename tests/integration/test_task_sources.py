@@ -11,7 +11,7 @@ import pytest
 from conftest import SUPPORT
 
 import bt_ray
-from bt_ray.preflight import check_sweep
+from bt_ray.driver.check import check_sweep
 from bt_ray.settings.config import make_config
 
 CELL = '''

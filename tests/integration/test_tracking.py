@@ -138,7 +138,7 @@ def test_what_cannot_work_is_told_before_anything_starts(
 def test_a_package_that_is_missing_is_told_by_check(
     tracked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bt_ray.preflight.find_spec", lambda package: None)
+    monkeypatch.setattr("bt_ray.driver.check.find_spec", lambda package: None)
     (tmp_path / "sweep.toml").write_text(
         f'task = "{tracked["task"]}"\nmodel = "{tracked["model"]}"\nstrategies = ["p"]\n[tracking]\nwandb = "sweeps"\n'
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from dspy.dsp.utils.settings import main_thread_config
 
-from bt_ray.preflight import check_sweep
+from bt_ray.driver.check import check_sweep
 from bt_ray.settings.config import make_config
 from bt_ray.step import StepKey
 

@@ -23,7 +23,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from support.cluster_files import CLUSTER, Shipped, of_bt_ray, of_ray, pinned, shipped
 
 from bt_ray.cli import app
-from bt_ray.preflight import check_sweep
+from bt_ray.driver.check import check_sweep
 from bt_ray.settings.toml import load_config
 from bt_ray.starter import write_starter
 

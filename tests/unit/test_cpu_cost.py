@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.known import task
 
-from bt_ray import cpu_cost
-from bt_ray.cpu_cost import CpuCost, Model, count_shared, describe_cost, describe_here, estimate_cost, in_words
+from bt_ray.driver import cpu_cost
+from bt_ray.driver.cpu_cost import CpuCost, Model, count_shared, describe_cost, describe_here, estimate_cost, in_words
 from bt_ray.settings.config import SweepConfig, make_config
 from bt_ray.slot.arithmetic import Arithmetic
 

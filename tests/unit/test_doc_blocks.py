@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import bt_ray
 from bt_ray.cli import app
-from bt_ray.preflight import check_sweep
+from bt_ray.driver.check import check_sweep
 from bt_ray.settings.config import make_config
 from bt_ray.starter import write_starter
 

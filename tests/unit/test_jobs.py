@@ -8,9 +8,9 @@ import pytest
 from aiohttp import ServerDisconnectedError
 from ray.job_submission import JobStatus
 
-from bt_ray import jobs
+from bt_ray.driver import jobs
+from bt_ray.driver.jobs import Jobs, sweep_command
 from bt_ray.errors import InfrastructureError
-from bt_ray.jobs import Jobs, sweep_command
 
 LOG = "checking\nplacing\nrunning\ndone\n"
 

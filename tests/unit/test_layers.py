@@ -33,22 +33,12 @@ LAYERS: dict[str, set[str]] = {
         "tracking",
     },
     "winner": {"errors", "location", "layout", "weights", "models", "settings", "run_dir", "task", "slot", "trial"},
-    "cluster": {"errors", "weights", "events", "settings", "run_dir", "pool", "trial"},
-    "cpu_cost": {"errors", "weights", "settings", "task", "slot"},
-    "jobs": {"errors"},
-    "preflight": {"errors", "strategy", "weights", "models", "step", "settings", "run_dir", "task", "slot", "trial"},
-    "search": {"strategy"},
-    "search_walk": {"strategy", "settings", "run_dir", "search"},
-    "tuning": {"errors", "strategy", "events", "run_dir", "tracking", "trial", "search_walk"},
     "driver": {
-        "errors", "layout", "strategy", "events", "settings", "run_dir", "task", "tracking", "trial", "winner",
-        "cluster", "cpu_cost", "preflight", "search_walk", "tuning",
+        "errors", "layout", "strategy", "weights", "events", "models", "step", "settings", "run_dir", "task",
+        "slot", "pool", "tracking", "trial", "winner",
     },
     "starter": {"errors"},
-    "cli": {
-        "errors", "settings", "run_dir", "pool", "report", "winner", "cluster", "cpu_cost", "jobs", "preflight",
-        "driver", "starter",
-    },
+    "cli": {"errors", "settings", "run_dir", "pool", "report", "winner", "driver", "starter"},
     "__init__": {"errors", "settings", "run_dir", "task", "trial", "winner", "driver"},
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bt_ray.search import StrategySearch
+from bt_ray.driver.search_model import StrategySearch
 from bt_ray.strategy import every, prefixes
 
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bt_ray.search_walk import SearchWalk
+from bt_ray.driver.search import SearchWalk
 from bt_ray.settings.config import StrategySearch
 from bt_ray.strategy import prefixes
 

@@ -103,7 +103,7 @@ def test_where_files_lie_changes_nothing(one: str, other: str) -> None:
 
 
 def keys_in(folder: Path) -> dict[str, StepKey]:
-    from bt_ray.preflight import check_sweep
+    from bt_ray.driver.check import check_sweep
     from bt_ray.settings.config import make_config
 
     config = make_config({"task": f"{folder}/task.py:build", "strategies": ["p", "w"]})

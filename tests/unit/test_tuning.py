@@ -1,6 +1,6 @@
 """What is told of trials on Ray Tune."""
 
-from bt_ray.tuning import last_failure
+from bt_ray.driver.tune import last_failure
 
 
 def test_the_last_failure_of_a_trial_is_told_in_a_line() -> None:

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 
+from bt_ray.driver.search_model import StrategySearch
 from bt_ray.run_dir.results import Expected
 from bt_ray.run_dir.step_store import FinishedStep
-from bt_ray.search import StrategySearch
 from bt_ray.settings.config import StrategySearch as SearchSettings
 from bt_ray.strategy import BASELINE, every, parent, prefixes
 

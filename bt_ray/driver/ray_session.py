@@ -87,7 +87,7 @@ def opened_pool(
     Args:
         config: The sweep's settings.
         run_dir: Its run directory.
-        needed: Servers that a trial needs at a time, by whose slots they are in (`bt_ray.preflight.Checked`).
+        needed: Servers that a trial needs at a time, by whose slots they are in (`bt_ray.driver.check.Checked`).
         first: What they are started with, before a trial asks, by the same.
         own: Whether this Ray is the sweep's own.
         tell: Told what happens.

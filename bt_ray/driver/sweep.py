@@ -9,12 +9,14 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bt_ray.cluster import Listener, cause_of, connected, inside_job, opened_pool, step_claims, watched
-from bt_ray.cpu_cost import describe_here
+from bt_ray.driver.check import CheckedSweep, check_sweep
+from bt_ray.driver.cpu_cost import describe_here
+from bt_ray.driver.ray_session import Listener, cause_of, connected, inside_job, opened_pool, step_claims, watched
+from bt_ray.driver.search import SearchWalk
+from bt_ray.driver.tune import Trial, run_search, run_trials
 from bt_ray.errors import ConfigError, InfrastructureError, TaskError
 from bt_ray.events import Event, Stage, StepFinished, TrialEnded, TrialWaits
 from bt_ray.layout import RESULT, TRIALS
-from bt_ray.preflight import CheckedSweep, check_sweep
 from bt_ray.run_dir.examples import examples_file, keep_examples
 from bt_ray.run_dir.lock import held
 from bt_ray.run_dir.results import Candidate, StepFailure, SweepResult, TrialResult, best_so_far
@@ -22,14 +24,12 @@ from bt_ray.run_dir.run_directory import prepare_run_directory
 from bt_ray.run_dir.status_file import StatusFile
 from bt_ray.run_dir.step_store import FinishedStep, StepStore
 from bt_ray.run_dir.storage import open_storage
-from bt_ray.search_walk import SearchWalk
 from bt_ray.settings.config import StrategySearch, SweepConfig, make_config
 from bt_ray.settings.toml import with_absolute_paths
 from bt_ray.strategy import BASELINE, parent, prefixes, start_order
 from bt_ray.task.fingerprint import digest
 from bt_ray.task.task import TaskFunction, task_spec
 from bt_ray.tracking.mlflow_runs import mlflow_runs
-from bt_ray.tuning import Trial, run_search, run_trials
 from bt_ray.winner.load import keep_best
 
 if TYPE_CHECKING:

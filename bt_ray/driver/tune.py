@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bt_ray.driver.search import SearchWalk
 from bt_ray.errors import StorageError
 from bt_ray.events import Event, Stage, StepFinished, TrialLost, TrialStarted
 from bt_ray.run_dir.node_disk import Scratch
-from bt_ray.search_walk import SearchWalk
 from bt_ray.strategy import SEPARATOR
 from bt_ray.tracking.tune_loggers import tune_loggers
 
