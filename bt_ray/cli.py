@@ -79,7 +79,7 @@ def init(
     Example: bt-ray init my
     """
     with _told_errors():
-        from bt_ray.starter import write_starter
+        from bt_ray.starter.write import write_starter
 
         for written in write_starter(folder):
             typer.echo(written)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from bt_ray.cli import app
-from bt_ray.starter import write_starter
+from bt_ray.starter.write import write_starter
 
 
 def test_a_starter_overwrites_nothing(tmp_path: Path) -> None:

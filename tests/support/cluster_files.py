@@ -16,7 +16,7 @@ from conftest import ROOT
 from bt_ray.cli import app
 from bt_ray.settings.config import SweepConfig
 from bt_ray.settings.toml import load_config
-from bt_ray.starter import write_starter
+from bt_ray.starter.write import write_starter
 
 CLUSTER = ROOT / "cluster"
 COMMAND = re.compile(r"(?<![\w./`-])(?:bt-ray|ray) (?=[a-z])[^`\n|&;>)]*")

@@ -25,7 +25,7 @@ from support.cluster_files import CLUSTER, Shipped, of_bt_ray, of_ray, pinned, s
 from bt_ray.cli import app
 from bt_ray.driver.check import check_sweep
 from bt_ray.settings.toml import load_config
-from bt_ray.starter import write_starter
+from bt_ray.starter.write import write_starter
 
 DEFINITIONS = ROOT.parent / "shared" / "kuberay-crds"
 KINDS = {"RayJob": "ray.io_rayjobs.yaml", "RayCluster": "ray.io_rayclusters.yaml"}

@@ -20,7 +20,7 @@ import bt_ray
 from bt_ray.cli import app
 from bt_ray.driver.check import check_sweep
 from bt_ray.settings.config import make_config
-from bt_ray.starter import write_starter
+from bt_ray.starter.write import write_starter
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"\bbt-ray (?=[a-z])([^`\n|]*)")

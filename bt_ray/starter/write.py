@@ -10,7 +10,7 @@ from pathlib import Path
 from bt_ray.errors import ConfigError
 
 FILES = {"task.py.txt": "task.py", "sweep.toml": "sweep.toml"}
-"""In `template/`, and what they are called in the user's folder."""
+"""The files beside this one, and what they are called in the user's folder."""
 EXAMPLES = "examples.jsonl"
 THINGS = ("battery", "screen", "keyboard", "camera", "speaker", "manual", "packaging", "support")
 SAID = {
@@ -29,7 +29,7 @@ def write_starter(folder: Path) -> list[Path]:
     if there := [target for target in targets if target.exists()]:
         raise ConfigError(f"{there[0]} is there already. Name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    with as_file(files("bt_ray") / "template") as template:
+    with as_file(files("bt_ray.starter")) as template:
         for name, target in FILES.items():
             shutil.copyfile(template / name, folder / target)
     (folder / EXAMPLES).write_text("".join(json.dumps(example) + "\n" for example in _examples()))
