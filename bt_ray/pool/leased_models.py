@@ -55,7 +55,7 @@ class _Trained:
 
 
 class LeasedModels:
-    """`bt_ray.hosting.Models` for one trial.
+    """`bt_ray.models.Models` for one trial.
 
     Args:
         holder: The trial's name.

@@ -22,6 +22,8 @@ LONG = "long" * 500
 HOSTILE = '</script><script>throw new Error("injected")</script>'
 IMAGE = '<img src="data:," onerror="console.error(1)">'
 """What a page must show and not run."""
+STEP = FinishedStep("k", "parent", "p", 50.0, (1.0, 0.0), 0.0, 1.0, {"self": "base"}, "", 3, {"dspy": "3.4.1"})
+"""A finished step, of no sweep."""
 
 
 def made_sweep(folder: Path, max_length: int, *, ended: bool = True, kept: int = EXAMPLES) -> Directory:

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from bt_ray.slot.training.cores import allowed_cores, has_quota, threads_for
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bt_ray.slot.training import cores
+from bt_ray.slot.training.cores import allowed_cores, has_quota, threads_for
 
 
 def test_a_training_takes_an_idle_core_and_gives_it_back_when_somebody_wants_it() -> None:

@@ -1,8 +1,9 @@
 """Batches of conversations of about the same length: in a random order still, and with less padding."""
 
-from bt_ray.slot.training.batches import BatchesByLength, padding, worth_sorting
 from hypothesis import given
 from hypothesis import strategies as st
+
+from bt_ray.slot.training.batches import BatchesByLength, padding, worth_sorting
 
 LENGTHS = st.lists(st.integers(1, 2000), min_size=1, max_size=300)
 

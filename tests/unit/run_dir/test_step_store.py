@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.made_sweep import STEP
 from support.object_store import ObjectStore
 
-from bt_ray.run_dir.step_store import FinishedStep, StepStore
+from bt_ray.run_dir.step_store import StepStore
 from bt_ray.run_dir.storage import Storage, open_storage
 from bt_ray.strategy import all_prefixes, every, parent, prefixes, start_order
-
-STEP = FinishedStep("k", "parent", "p", 50.0, (1.0, 0.0), 0.0, 1.0, {"self": "base"}, "", 3, {"dspy": "3.4.1"})
 
 
 @pytest.fixture

@@ -57,13 +57,12 @@ EVERY_STEP = {"", *PREFIXES}
 def test_keys_are_those_of_any_other_process_place_and_hash_seed(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); sys.path.insert(0, sys.argv[2])\n"
-        "from unit.test_fingerprint import keys\n"
+        "from unit.task.test_fingerprint import keys\n"
         "print(sorted(step.key for step in keys().values()))"
     )
-    here = Path(__file__).parents[1]
-    (tmp_path / "elsewhere").mkdir()
-    for folder in ("unit", "support"):
-        (tmp_path / "elsewhere" / folder).mkdir()
+    here = Path(__file__).parents[2]
+    for folder in ("unit/task", "support"):
+        (tmp_path / "elsewhere" / folder).mkdir(parents=True)
         for file in (here / folder).glob("*.py"):
             text = file.read_text()
             (tmp_path / "elsewhere" / folder / file.name).write_text(f"# moved, and commented\n{text}")

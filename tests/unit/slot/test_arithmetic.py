@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from bt_ray.slot.training.job import training_dtype
 
 from bt_ray.errors import ServerError
 from bt_ray.settings.config import ServerConfig, TrainConfig
 from bt_ray.slot import arithmetic
 from bt_ray.slot.arithmetic import Arithmetic, cpu_arithmetic
 from bt_ray.slot.serving.server import server_command, server_dtype
+from bt_ray.slot.training.job import training_dtype
 from bt_ray.weights import Weights
 
 SLOW_IN_BFLOAT16 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from test_store import STEP
+from support.made_sweep import STEP
 
 from bt_ray.run_dir.results import StepFailure
 from bt_ray.run_dir.step_store import StepStore, attempt_name

@@ -48,7 +48,7 @@ def test_every_error_that_a_page_quotes_is_said_somewhere() -> None:
 
 def test_the_dashboard_asks_for_metrics_that_are_exported_all_of_them_and_no_other() -> None:
     dashboard = (ROOT / "cluster" / "grafana_dashboard.json").read_text()
-    source = (ROOT / "bt_ray" / "actors" / "metrics.py").read_text()
+    source = (ROOT / "bt_ray" / "pool" / "metrics.py").read_text()
     endings = {"Gauge": "", "Histogram": "_bucket", "Counter": "_total"}
     exported = {f"ray_{name}{endings[kind]}" for kind, name in re.findall(r'(Gauge|Histogram|Counter)\(\s*"(\w+)"', source)}
     asked = {
