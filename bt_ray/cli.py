@@ -78,7 +78,7 @@ def init(
 
     Example: bt-ray init my
     """
-    with _told_errors():
+    with _explain_errors():
         from bt_ray.starter.write import write_starter
 
         for written in write_starter(folder):
@@ -102,7 +102,7 @@ def check(
     Example: bt-ray check my/sweep.toml --set model=./models/my-model
     """
     console = Console()
-    with _told_errors():
+    with _explain_errors():
         config = _load(file, strategy, run_dir, assignments)
         from bt_ray.driver.check import check_sweep
         from bt_ray.driver.cpu_cost import describe_here
@@ -156,7 +156,7 @@ def plan(
     Example: bt-ray plan my/sweep.toml --strategy "p -> w -> p" --run-dir runs/today
     """
     console = Console()
-    with _told_errors():
+    with _explain_errors():
         config = _load(file, strategy, run_dir, assignments)
         from bt_ray.driver.check import check_sweep
         from bt_ray.driver.sweep import run_directory
@@ -186,11 +186,11 @@ def steps(run_dir: RunDirArgument) -> None:
 
     Example: bt-ray steps runs/today
     """
-    with _told_errors():
+    with _explain_errors():
         from bt_ray.report.steps import step_tree
         from bt_ray.run_dir.run_directory import read_steps
 
-        keys, finished = read_steps(_existing(run_dir))
+        keys, finished = read_steps(_open_existing(run_dir))
         Console().print(step_tree(keys, finished), soft_wrap=True)
 
 
@@ -206,11 +206,11 @@ def status(
     Example: bt-ray status s3://bucket/runs/today
     """
     console = Console()
-    with _told_errors():
+    with _explain_errors():
         from bt_ray.report.state import headline, server_table, trial_table
         from bt_ray.report.status import read_status
 
-        read = read_status(_existing(run_dir))
+        read = read_status(_open_existing(run_dir))
         if as_json:
             typer.echo(json.dumps(read.to_json(), indent=2))
             return
@@ -239,11 +239,11 @@ def report(
 
     Example: bt-ray report runs/today --gpu-hour-price 2.5
     """
-    with _told_errors():
+    with _explain_errors():
         from bt_ray.report.data import read_report
         from bt_ray.report.page import report_page
 
-        storage = _existing(run_dir)
+        storage = _open_existing(run_dir)
         target = to or Path(run_dir if "://" not in run_dir else ".") / "report.html"
         target.write_text(report_page(read_report(storage, gpu_hour_price)), encoding="utf-8")
         typer.echo(target.resolve())
@@ -263,12 +263,12 @@ def prune(
 
     Example: bt-ray prune runs/today
     """
-    with _told_errors():
+    with _explain_errors():
         from bt_ray.run_dir.lock import held
         from bt_ray.run_dir.prune import find_prunable
         from bt_ray.run_dir.prune import prune as remove
 
-        storage = _existing(run_dir)
+        storage = _open_existing(run_dir)
         found = find_prunable(storage, only_best=only_best)
         if not found.names:
             typer.echo(f"There is nothing to remove; {found.kept} fine-tunes are needed.")
@@ -307,7 +307,7 @@ def serve(
 
     On a cluster: ray job submit -- bt-ray serve /shared/runs/today
     """
-    with _told_errors(), contextlib.ExitStack() as opened:
+    with _explain_errors(), contextlib.ExitStack() as opened:
         from bt_ray.driver.ray_session import inside_job
         from bt_ray.winner.load import find_best
         from bt_ray.winner.serve import MakeSlot, here, served_best
@@ -347,7 +347,7 @@ def export(
 
     Example: bt-ray export runs/today --to my-program
     """
-    with _told_errors():
+    with _explain_errors():
         from bt_ray.winner.export import export as copy
 
         exported = copy(run_dir, to)
@@ -372,7 +372,7 @@ def sweep(
     On a cluster: ray job submit --working-dir . -- bt-ray sweep my/sweep.toml --run-dir /shared/runs/today
     """
     console = Console()
-    with _told_errors():
+    with _explain_errors():
         config = _load(file, strategy, run_dir, assignments)
         from bt_ray.driver.sweep import run_sweep
         from bt_ray.report.progress import Progress
@@ -417,7 +417,7 @@ def submit(
 
     Example: bt-ray submit --follow raysubmit_Xe7cvjyGJCyuCvm2 --address http://head:8265
     """
-    with _told_errors():
+    with _explain_errors():
         from bt_ray.driver.jobs import Jobs, sweep_command
 
         if (file is None) == (follow is None):
@@ -442,11 +442,11 @@ def submit(
         if no_wait:
             typer.echo(follow)
             return
-        code = _followed(jobs, follow)
+        code = _follow(jobs, follow)
     raise typer.Exit(code)
 
 
-def _followed(jobs: "Jobs", job: str) -> int:
+def _follow(jobs: "Jobs", job: str) -> int:
     """Show what a job says; its exit code, or that of whoever leaves it with Ctrl-C."""
     try:
         return jobs.follow(job, lambda text: typer.echo(text, nl=False))
@@ -472,7 +472,7 @@ def main() -> None:
     app()
 
 
-def _existing(run_dir: str) -> "Storage":
+def _open_existing(run_dir: str) -> "Storage":
     """The storage of a run directory that a person named."""
     from bt_ray.run_dir.storage import open_storage
 
@@ -507,7 +507,7 @@ def _resource_warnings(config: SweepConfig, address: str | None, slots: Collecti
 
 
 @contextmanager
-def _told_errors() -> Iterator[None]:
+def _explain_errors() -> Iterator[None]:
     """Say what went wrong in one message, with the exit code that belongs to it."""
     try:
         yield

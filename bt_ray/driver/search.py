@@ -68,7 +68,7 @@ class SearchWalk:
         self._lock = Lock()
         for prefix, step in finished.items():
             self._spent.add(step.seconds, step.prompt_tokens + step.completion_tokens)
-            self._observed(prefix, step.score)
+            self._observe(prefix, step.score)
 
     def next(self) -> str | None:
         """The strategy to walk now; None if there is none, at least until more is known."""
@@ -79,14 +79,14 @@ class SearchWalk:
     def is_over(self) -> bool:
         """Whether nothing is under way, and nothing more will be."""
         with self._lock:
-            return not self._under_way and self._suggested() is None
+            return not self._under_way and self._suggest() is None
 
     def finished(self, prefix: str, score: float | None, seconds: float, tokens: int, *, loaded: bool) -> None:
         """A step is there; `loaded` if it was computed before, by whomever."""
         with self._lock:
             if not loaded:
                 self._spent.add(seconds, tokens)
-            self._observed(prefix, score)
+            self._observe(prefix, score)
 
     def ended(self, strategy: str) -> None:
         """A trial is over. What it lacks cannot be computed."""
@@ -114,7 +114,7 @@ class SearchWalk:
             found.append(Expected(prefix, *self._search.expected(prefix), reason))
         return tuple(sorted(found, key=lambda step: -step.score))
 
-    def _observed(self, prefix: str, score: float | None) -> None:
+    def _observe(self, prefix: str, score: float | None) -> None:
         # It counts with the first who reports it: that may be one who loaded it, before the one who computed it.
         self._spent.steps += prefix != BASELINE and prefix not in self._known
         self._known.add(prefix)
@@ -123,13 +123,13 @@ class SearchWalk:
             self._scored = True
 
     def _next(self) -> str | None:
-        strategy = self._suggested()
+        strategy = self._suggest()
         if strategy is not None:
             self._under_way.add(strategy)
             self.strategies.append(strategy)
         return strategy
 
-    def _suggested(self) -> str | None:
+    def _suggest(self) -> str | None:
         if self._spent.of(self._unit) >= self._limit:
             return None
         promised = {p for strategy in self._under_way for p in prefixes(strategy)} - self._known

@@ -63,7 +63,7 @@ def run_trials(
     space = {"trial": tune.grid_search([trial.params() for trial in trials])}
     by_folder = {trial.folder: trial for trial in trials}
     try:
-        lost = _tuned(space, {}, len(trials), setups, servers, tell)
+        lost = _tune(space, {}, len(trials), setups, servers, tell)
     except _TuneFailed as failed:  # the trials kept what they found
         return dict.fromkeys(trials, failed.error)
     return {by_folder[folder]: error for folder, error in lost.items()}
@@ -81,7 +81,7 @@ def run_search(walk: SearchWalk, setup: "TrialSetup", servers: int, tell: Callab
     tell(Stage("Searching for the best strategy"))
     how = {"search_alg": _searcher(walk), "num_samples": -1}
     try:
-        lost = _tuned({}, how, MOST_TRIALS, {"": setup}, servers, tell)
+        lost = _tune({}, how, MOST_TRIALS, {"": setup}, servers, tell)
     except _TuneFailed as failed:
         return dict.fromkeys(walk.strategies, failed.error)
     return {walk.strategies[int(folder.partition("-")[0])]: error for folder, error in lost.items()}
@@ -132,7 +132,7 @@ class _TuneFailed(Exception):
         self.error = error
 
 
-def _tuned(
+def _tune(
     space: Mapping[str, Any],
     how: Mapping[str, Any],
     trials: int,

@@ -110,7 +110,7 @@ class LeasedModels:
         parent = self.weights[weights_id]
         train = override_train(self._config.train, train_kwargs)
         check_trainable(self._config.server.of(parent.model), train)
-        lease = self._ask_pool(parent, exclusive=True, returned=self._returned())
+        lease = self._ask_pool(parent, exclusive=True, returned=self._take_leases())
         try:
             trained: Weights = ask(lease.actor.train, parent, list(conversations), train, self._config.seed)
         except BaseException:
@@ -131,21 +131,21 @@ class LeasedModels:
 
     def give_back(self) -> None:
         """Give all leases back. The next request or training takes one again."""
-        self._end(self._returned())
+        self._end(self._take_leases())
 
     def close(self) -> None:
         """Give all leases back, for good."""
         self._closed.set()
         self.give_back()
 
-    def _returned(self) -> Returned:
+    def _take_leases(self) -> Returned:
         """All leases, which are this trial's no more."""
         with self._lock:
             returned: Returned = {held.lease.number: None for held in self._held.values()}
             self._held.clear()
-            return returned | self._returned_trainings()
+            return returned | self._take_ended_trainings()
 
-    def _returned_trainings(self, *, base: str | None = None, until: float = math.inf) -> Returned:
+    def _take_ended_trainings(self, *, base: str | None = None, until: float = math.inf) -> Returned:
         """The leases of trainings of a base that ended until then, which are this trial's no more. For who has the lock."""
         returned = [trained for trained in self._trained if base in (None, trained.made.base) and trained.at <= until]
         self._trained = [trained for trained in self._trained if trained not in returned]
@@ -165,7 +165,7 @@ class LeasedModels:
                 mine = asking is None
                 if asking is None:
                     asking = self._asking[weights_id] = Future()
-                    returned = self._returned_trainings(base=weights.base)
+                    returned = self._take_ended_trainings(base=weights.base)
             if not mine:
                 asking.result()
                 continue
@@ -195,12 +195,12 @@ class LeasedModels:
         with self._lock:
             self._asks += 1
         try:
-            return self._asked(weights, exclusive, lost, returned or {})
+            return self._ask_for_lease(weights, exclusive, lost, returned or {})
         finally:
             with self._lock:
                 self._asks -= 1
 
-    def _asked(self, weights: Weights, exclusive: bool, lost: tuple[int, int] | None, returned: Returned) -> Lease:
+    def _ask_for_lease(self, weights: Weights, exclusive: bool, lost: tuple[int, int] | None, returned: Returned) -> Lease:
         deadline, request = None, f"{self._holder}/{secrets.token_hex(4)}"
         while True:
             try:
@@ -243,5 +243,5 @@ class LeasedModels:
                 due = time.monotonic() - LINGER_S
                 idle = [w for w, held in self._held.items() if held.in_flight == 0 and held.idle_since <= due]
                 returned: Returned = {self._held.pop(weights_id).lease.number: None for weights_id in idle}
-                returned |= self._returned_trainings(until=due)
+                returned |= self._take_ended_trainings(until=due)
             self._end(returned)

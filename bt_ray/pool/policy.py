@@ -247,14 +247,14 @@ class Placement:
         return (
             _first([server for server in among.free if server.serves(ask.weights)], worth)
             or _first([server for server in among.free if server.base == base], worth)
-            or _first(self._started_ahead(ask, among), worth)
+            or _first(self._find_started_ahead(ask, among), worth)
             or _first([server for server in among.free if server.base is None], worth)
             or (_first([s for s in among.free if s.base not in (None, base)], worth) if impatient else None)
             or _first(self._shareable(ask, among), lambda server: (len(server.leases), server.number))
             or _first_to_take_back(turn_over, ask)
         )
 
-    def _started_ahead(self, ask: Ask, among: "_Candidates") -> list[Server]:
+    def _find_started_ahead(self, ask: Ask, among: "_Candidates") -> list[Server]:
         """Servers that are being brought to the weights already, for nobody."""
         serving = among.serving.get(ask.weights.id, [])
         return [server for server in serving if server.state is State.CHANGING and not server.leases]
@@ -267,7 +267,7 @@ class Placement:
         """Whether a server can take an adapter beside all that its leases are for."""
         if weights.on is None or server.state is not State.READY or server.base != weights.base or not server.leases:
             return False
-        return sum(other.on is not None for other in _leased(server).values()) < self.policies[server.slots].adapters
+        return sum(other.on is not None for other in _lease_weights(server).values()) < self.policies[server.slots].adapters
 
     def _give(self, server: Server, ask: Ask) -> None:
         stay = server.serves(ask.weights) or self._has_room(server, ask.weights)
@@ -281,7 +281,7 @@ class Placement:
             self._actions.append(Grant(ask, server.number))
             return
         if not server.serves(ask.weights):
-            self._serve(server, ask.weights, *_leased(server).values())
+            self._serve(server, ask.weights, *_lease_weights(server).values())
         server.leases[ask.lease] = ask
 
     def _serve(self, server: Server, weights: Weights, *beside: Weights) -> None:
@@ -383,7 +383,7 @@ def _first_to_take_back(turn_over: Iterable[Server], ask: Ask) -> Server | None:
     return _first(turn_over, lambda server: (server.base != ask.weights.base, len(server.leases), server.since))
 
 
-def _leased(server: Server) -> dict[str, Weights]:
+def _lease_weights(server: Server) -> dict[str, Weights]:
     """What a server's leases are for, by id."""
     return {ask.weights.id: ask.weights for ask in server.leases.values()}
 

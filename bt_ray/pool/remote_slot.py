@@ -47,7 +47,7 @@ class RemoteSlot:
             BtRayError: The server did not start.
         """
         if self._actor is None:
-            self._actor = self._placed()
+            self._actor = self._place_actor()
         served: Served = ask(self._actor.serve, weights, ())
         return served.endpoint
 
@@ -69,7 +69,7 @@ class RemoteSlot:
                 ray.wait([self._actor.close.remote()], timeout=30)
                 ray.kill(self._actor)
 
-    def _placed(self) -> "ActorHandle[Any]":
+    def _place_actor(self) -> "ActorHandle[Any]":
         actor = ModelServer.options(**actor_options(self._config)).remote(  # type: ignore[attr-defined]
             self._name,
             self._config,

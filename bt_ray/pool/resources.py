@@ -44,7 +44,7 @@ def check_resources(config: SweepConfig, nodes: Sequence[Mapping[str, float]], s
     Raises:
         ResourcesError: A fixed cluster can never give it; the message names what is missing.
     """
-    missing = _missing(config, nodes, {name: config.server.of(name) for name in slots})
+    missing = _find_missing(config, nodes, {name: config.server.of(name) for name in slots})
     if missing is None:
         return []
     if config.autoscaling:
@@ -52,7 +52,9 @@ def check_resources(config: SweepConfig, nodes: Sequence[Mapping[str, float]], s
     raise ResourcesError(f"{missing} (If the cluster adds nodes by itself: autoscaling = true.)")
 
 
-def _missing(config: SweepConfig, nodes: Sequence[Mapping[str, float]], servers: Mapping[str, ServerConfig]) -> str | None:
+def _find_missing(
+    config: SweepConfig, nodes: Sequence[Mapping[str, float]], servers: Mapping[str, ServerConfig]
+) -> str | None:
     for server in servers.values():
         if (missing := too_large(server, nodes)) is not None:
             return missing

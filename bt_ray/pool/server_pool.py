@@ -243,7 +243,7 @@ class ServerPool:
         match action:
             case Grow(number):
                 self._note_server(number, "placing")
-                self._actors[number] = self._created(number)
+                self._actors[number] = self._create_server(number)
                 self._run(self._place(number, self._actors[number]))
             case Serve(number, weights, beside):
                 self._run(self._serve(number, self._actors[number], weights, beside))
@@ -261,7 +261,7 @@ class ServerPool:
                 self._endpoints.pop(number, None)
                 self._run(self._close(self._actors.pop(number)))
 
-    def _created(self, number: int) -> "ActorHandle[Any]":
+    def _create_server(self, number: int) -> "ActorHandle[Any]":
         settings, config = self._settings, self._config(number)
         return ModelServer.options(**actor_options(config)).remote(  # type: ignore[attr-defined]
             f"server-{number}",
@@ -284,16 +284,16 @@ class ServerPool:
             reasons.append(_reason(error))
             if len(reasons) % DEATHS == 0:
                 self._fail(self._placement.waiting_for(slots), f"A model server's actor cannot be started: {_reason(error)}")
-            self._died(number, _reason(error))
+            self._drop_dead(number, _reason(error))
             return
         self._not_created.pop(slots, None)
         self._note_server(number, "idle")
         self._placement.placed(number, time.monotonic(), self._nodes[number])
         self._decide()
         await until_dead(actor)
-        self._died(number, "its actor died")
+        self._drop_dead(number, "its actor died")
 
-    def _died(self, number: int, reason: str) -> None:
+    def _drop_dead(self, number: int, reason: str) -> None:
         if self._actors.pop(number, None) is None:
             return  # it was released, or the pool is being closed
         self._nodes.pop(number, None)
@@ -310,7 +310,7 @@ class ServerPool:
     async def _serve(self, number: int, actor: "ActorHandle[Any]", weights: Weights, beside: tuple[Weights, ...]) -> None:
         began = time.monotonic()
         try:
-            served: Served = await _told(actor.serve, weights, beside)
+            served: Served = await _call_until_ended(actor.serve, weights, beside)
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, BtRayError) else InfrastructureError(_reason(error))
             self._note_server(number, "failed", weights.id, time.monotonic() - began, str(cause))
@@ -370,7 +370,7 @@ class ServerPool:
 
     async def _stop(self, number: int, actor: "ActorHandle[Any]") -> None:
         try:
-            await _told(actor.stop)
+            await _call_until_ended(actor.stop)
         except RayTaskError as error:
             logger.warning("Server %s does not stop, and is replaced: %s", number, _reason(error))
             ray.kill(actor)
@@ -418,7 +418,7 @@ class ServerPool:
         task.add_done_callback(self._tasks.discard)
 
 
-async def _told(method: Any, *arguments: Any) -> Any:
+async def _call_until_ended(method: Any, *arguments: Any) -> Any:
     """Call an actor's method, which may be called twice, until it is known to have ended, or the actor to be dead."""
     while True:
         try:

@@ -22,11 +22,11 @@ def trial_table(state: SweepState, now: float | None = None) -> Table:
     for trial in state.trials:
         scores = ", ".join(percent(score) for score in trial.scores)
         lasted = f"{now - trial.since:.0f} s" if trial.state == "running" and trial.step is not None else ""
-        table.add_row(*map(Text, (trial_label(trial.strategy, trial.variant), scores, _doing(trial), lasted)))
+        table.add_row(*map(Text, (trial_label(trial.strategy, trial.variant), scores, _describe_activity(trial), lasted)))
     return table
 
 
-def _doing(trial: TrialState) -> str:
+def _describe_activity(trial: TrialState) -> str:
     match trial.state:
         case "running":
             return "finishing" if trial.step is None else f"step {trial.step or 'baseline'}"
@@ -50,11 +50,11 @@ def server_table(state: SweepState) -> Table:
 def headline(state: SweepState, now: float) -> str:
     """Whether the sweep runs, and since when."""
     if state.ended is not None:
-        return f"ended {_ago(now - state.ended)}, after {_lasted(state.ended - state.started)}"
+        return f"ended {_format_ago(now - state.ended)}, after {_format_duration(state.ended - state.started)}"
     silence = now - state.at
     if silence > SILENT:
-        return f"no word {_ago(silence)}: the sweep is gone, and the same command goes on where it stopped"
-    return f"running for {_lasted(now - state.started)}: {state.stage}"
+        return f"no word {_format_ago(silence)}: the sweep is gone, and the same command goes on where it stopped"
+    return f"running for {_format_duration(now - state.started)}: {state.stage}"
 
 
 def step_lines(done: int, of: int, new: int, seconds: float, left: float | None, unknown: int) -> list[str]:
@@ -73,7 +73,7 @@ def step_lines(done: int, of: int, new: int, seconds: float, left: float | None,
         lines[0] += f"; {new} in this run, {3600 * new / seconds:.1f} an hour"
     if done < of and left is not None:
         more = f", and {unknown} steps that no finished one is like" if unknown else ""
-        lines.append(f"left: about {_lasted(left)}{more}")
+        lines.append(f"left: about {_format_duration(left)}{more}")
     return lines
 
 
@@ -84,11 +84,11 @@ def waiting_lines(waiting: Mapping[str, float], state: SweepState) -> list[str]:
     return [f"{holder} waits for a server, for {seconds:.0f} s{why}" for holder, seconds in waiting.items()]
 
 
-def _lasted(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
-def _ago(seconds: float) -> str:
-    return f"{_lasted(seconds)} ago" if seconds >= 1 else "now"
+def _format_ago(seconds: float) -> str:
+    return f"{_format_duration(seconds)} ago" if seconds >= 1 else "now"

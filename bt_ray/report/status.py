@@ -71,11 +71,11 @@ def read_status(storage: Storage) -> Status:
     at_once = min(servers, len(plan.new)) or 1
     known = len(plan.new) > len(plan.estimate.unknown)
     left = plan.estimate.seconds / at_once if known and state.ended is None else None
-    waiting = _waiting(storage, state, now) if state.ended is None else {}
+    waiting = _find_waiting(storage, state, now) if state.ended is None else {}
     return Status(state, now, len(finished), len(keys), len(computed), left, len(plan.estimate.unknown), waiting)
 
 
-def _waiting(storage: Storage, state: SweepState, now: float) -> dict[str, float]:
+def _find_waiting(storage: Storage, state: SweepState, now: float) -> dict[str, float]:
     """Who asked for a server in this run and has none yet, and for how many seconds."""
     asked: dict[int, tuple[str, float]] = {}
     for line in (storage.read(EVENTS) or b"").decode().splitlines():

@@ -137,14 +137,14 @@ class _Beats:
 
 def this_process() -> dict[str, str | int]:
     """What tells this process from any other, on any machine: where process ids mean the same, its own, and its start."""
-    return {"where": _process_ids_here(), "pid": os.getpid(), "started": _started(os.getpid()) or 0}
+    return {"where": _process_ids_here(), "pid": os.getpid(), "started": _start_time(os.getpid()) or 0}
 
 
 def _is_gone(process: dict[str, str | int] | None) -> bool:
     """Whether a process of this machine is seen to have ended. Of another machine's nothing is seen."""
     if process is None or not process["where"] or process["where"] != _process_ids_here():
         return False
-    return _started(int(process["pid"])) != process["started"]
+    return _start_time(int(process["pid"])) != process["started"]
 
 
 def _process_ids_here() -> str:
@@ -158,7 +158,7 @@ def _process_ids_here() -> str:
         return ""
 
 
-def _started(pid: int) -> int | None:
+def _start_time(pid: int) -> int | None:
     """When a process started, in clock ticks since the machine did; None if it is gone, or a zombie."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

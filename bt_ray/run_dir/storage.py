@@ -141,14 +141,14 @@ class Directory(Storage):
         self.in_place = on_own_disk(path) if in_place is None else in_place
 
     def read(self, name: str) -> bytes | None:
-        with self._told("read", name) as path:
+        with self._map_os_errors("read", name) as path:
             try:
                 return path.read_bytes()
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
     def write(self, name: str, content: bytes) -> None:
-        with self._told("written", name) as path:
+        with self._map_os_errors("written", name) as path:
             path.parent.mkdir(parents=True, exist_ok=True)
             part = _part_of(path)
             try:
@@ -159,19 +159,19 @@ class Directory(Storage):
                 raise
 
     def names(self, folder: str) -> list[str]:
-        with self._told("listed", folder) as path:
+        with self._map_os_errors("listed", folder) as path:
             try:
                 return sorted(found.name for found in path.iterdir() if not found.name.startswith("."))
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
     def files(self, folder: str) -> list[str]:
-        with self._told("listed", folder) as path:
+        with self._map_os_errors("listed", folder) as path:
             found = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
             return sorted(name for name in found if not name.rpartition("/")[2].startswith("."))
 
     def size(self, name: str) -> int:
-        with self._told("measured", name) as path:
+        with self._map_os_errors("measured", name) as path:
             if path.is_file():
                 return path.stat().st_size
             return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -190,22 +190,22 @@ class Directory(Storage):
             raise StorageError(f"{existing} cannot be used ({error.strerror}).") from error
 
     def delete(self, name: str) -> None:
-        with self._told("deleted", name) as path:
+        with self._map_os_errors("deleted", name) as path:
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
 
     def upload(self, folder: Path, name: str, last: str) -> None:
-        with self._told("written", name) as path:
+        with self._map_os_errors("written", name) as path:
             _copy_whole(folder, path)
 
     def download(self, name: str, folder: Path) -> None:
-        with self._told("copied", name) as path:
+        with self._map_os_errors("copied", name) as path:
             _copy_whole(path, folder)
 
     @contextmanager
-    def _told(self, what: str, name: str) -> Iterator[Path]:
+    def _map_os_errors(self, what: str, name: str) -> Iterator[Path]:
         path = self.folder / name
         try:
             yield path
@@ -241,7 +241,7 @@ class Bucket(Storage):
         self._root = root.rstrip("/")
 
     def read(self, name: str) -> bytes | None:
-        with self._told("read", name) as path:
+        with self._map_os_errors("read", name) as path:
             try:
                 with self._filesystem.open_input_stream(path) as stream:
                     content: bytes = stream.read()
@@ -250,35 +250,35 @@ class Bucket(Storage):
                 return None
 
     def write(self, name: str, content: bytes) -> None:
-        with self._told("written", name) as path:
+        with self._map_os_errors("written", name) as path:
             stream = self._filesystem.open_output_stream(path)
             stream.write(content)
             stream.close()
 
     def names(self, folder: str) -> list[str]:
-        with self._told("listed", folder) as path:
+        with self._map_os_errors("listed", folder) as path:
             found = [info.base_name for info in self._infos(path, recursive=False)]
             return sorted(name for name in found if not name.startswith("."))
 
     def files(self, folder: str) -> list[str]:
-        with self._told("listed", folder) as path:
+        with self._map_os_errors("listed", folder) as path:
             found = [info for info in self._infos(path, recursive=True) if info.is_file]
             return sorted(info.path.removeprefix(f"{path}/") for info in found if not info.base_name.startswith("."))
 
     def size(self, name: str) -> int:
-        with self._told("measured", name) as path:
+        with self._map_os_errors("measured", name) as path:
             return sum(info.size or 0 for info in [*self._infos(path, recursive=True), self._filesystem.get_file_info(path)])
 
     def check_writable(self) -> None:
         probe = f".probe-{uuid.uuid4().hex[:8]}"
         self.write(probe, b"")
-        with self._told("deleted", probe) as path:
+        with self._map_os_errors("deleted", probe) as path:
             self._filesystem.delete_file(path)
 
     def delete(self, name: str) -> None:
         from pyarrow import fs
 
-        with self._told("deleted", name) as path:
+        with self._map_os_errors("deleted", name) as path:
             kind = self._filesystem.get_file_info(path).type
             if kind == fs.FileType.Directory:
                 self._filesystem.delete_dir(path)
@@ -286,7 +286,7 @@ class Bucket(Storage):
                 self._filesystem.delete_file(path)
 
     def upload(self, folder: Path, name: str, last: str) -> None:
-        with self._told("written", name) as path:
+        with self._map_os_errors("written", name) as path:
             self._filesystem.delete_dir_contents(path, missing_dir_ok=True)
             files = sorted(file for file in folder.rglob("*") if file.is_file())
             for file in sorted(files, key=lambda file: file.name == last):
@@ -295,7 +295,7 @@ class Bucket(Storage):
     def download(self, name: str, folder: Path) -> None:
         from pyarrow import fs
 
-        with self._told("copied", name) as path:
+        with self._map_os_errors("copied", name) as path:
             part = _part_of(folder)
             part.mkdir(parents=True)
             try:
@@ -319,7 +319,7 @@ class Bucket(Storage):
         return infos
 
     @contextmanager
-    def _told(self, what: str, name: str) -> Iterator[str]:
+    def _map_os_errors(self, what: str, name: str) -> Iterator[str]:
         try:
             yield f"{self._root}/{name}".rstrip("/")
         except OSError as error:

@@ -292,7 +292,7 @@ class StrategySearch(EveryStrategy):
     """A number of `steps`, `tokens`, `hours` (of time) or `gpu-hours` (of steps, each with the GPUs of a server)."""
 
     @model_validator(mode="after")
-    def _known_unit(self) -> Self:
+    def _check_unit(self) -> Self:
         self.limit  # noqa: B018 - it says what is wrong
         return self
 
@@ -375,7 +375,7 @@ class SweepConfig(Section):
 
     @field_validator("run_dir")
     @classmethod
-    def _known_place(cls, value: str | None) -> str | None:
+    def _check_run_dir(cls, value: str | None) -> str | None:
         if value is not None:
             try:
                 check_location(value)

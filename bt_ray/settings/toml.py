@@ -46,7 +46,7 @@ def load_config(
     from_file = {key: value for key, value in values.items() if key not in given or isinstance(value, dict)}
     from_file = with_absolute_paths(from_file, path.parent, refuse_relative=refuse_relative)
     given = with_absolute_paths(given, Path.cwd(), refuse_relative=refuse_relative)
-    return make_config(_merged(from_file, given), source=str(path))
+    return make_config(_merge(from_file, given), source=str(path))
 
 
 def with_absolute_paths(given: Mapping[str, Any], base: Path, *, refuse_relative: bool = False) -> dict[str, Any]:
@@ -131,9 +131,9 @@ def _path(nested: Mapping[str, Any]) -> list[str]:
     return [key, *(_path(below) if isinstance(below, dict) else [])]
 
 
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged

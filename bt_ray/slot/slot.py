@@ -300,10 +300,10 @@ class Slot:
         """
         stops = self._stops
         key = training_key(parent, conversations, config, seed, adapter=self._config.adapters > 0)
-        if (finished := self._finished(key)) is not None:
+        if (finished := self._find_finished(key)) is not None:
             return finished
         with self._turn:
-            if (finished := self._finished(key)) is not None:  # in the turn before this one
+            if (finished := self._find_finished(key)) is not None:  # in the turn before this one
                 return finished
             self._make_way()
             attempt = self._trainings.attempt(key, new_weights_id(parent))
@@ -315,7 +315,7 @@ class Slot:
             finally:
                 attempt.close()
 
-    def _finished(self, key: str) -> Weights | None:
+    def _find_finished(self, key: str) -> Weights | None:
         """The weights of a training that finished before, if they are as it left them. Else they are trained again."""
         finished = self._trainings.finished(key)
         if finished is None:

@@ -154,7 +154,7 @@ def load_task(source: str | TaskFunction, args: Mapping[str, Any] | None = None)
     """
     spec = source if isinstance(source, str) else task_spec(source)
     # Outside of the context in which `bt_ray.served` works: what a file makes once would belong to its first call alone.
-    function = Context().run(_imported, source) if isinstance(source, str) else source
+    function = Context().run(_import_task, source) if isinstance(source, str) else source
     if not callable(function):
         raise TaskError(f"{spec} is no function.")
     try:
@@ -171,7 +171,7 @@ def load_task(source: str | TaskFunction, args: Mapping[str, Any] | None = None)
     return replace(task, metric=awaited(task.metric))
 
 
-def _imported(spec: str) -> Any:
+def _import_task(spec: str) -> Any:
     where, separator, name = spec.rpartition(":")
     if not separator or not where or not name:
         raise TaskError(f'task = "{spec}": write "module:function" or "path/to/file.py:function".')

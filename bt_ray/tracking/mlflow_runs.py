@@ -62,8 +62,8 @@ class MlflowRuns:
             self._client = _client(config)
             self._experiment = _experiment(self._client, config)
             found = _runs(self._client, self._experiment, storage.location)
-            self._trials = {name: self._found(run_id) for name, run_id in found.items() if name}
-            self._sweep = _Run(found.get("") or self._created("", f"sweep {_name(config)}", {}))
+            self._trials = {name: self._find_run(run_id) for name, run_id in found.items() if name}
+            self._sweep = _Run(found.get("") or self._create_run("", f"sweep {_name(config)}", {}))
             self._client.update_run(self._sweep.id, status="RUNNING")
             if "" not in found:
                 self._log_settings()
@@ -97,12 +97,12 @@ class MlflowRuns:
             if self._worker.is_alive():
                 self._warn("it does not answer")
             else:
-                with self._told():
+                with self._warn_once():
                     self._client.set_terminated(self._sweep.id, status)
 
     def _work(self) -> None:
         while (todo := self._todo.get()) is not None:
-            with self._told():
+            with self._warn_once():
                 self._handle(todo)
 
     def _handle(self, todo: Event | SweepResult) -> None:
@@ -172,22 +172,22 @@ class MlflowRuns:
         name = step_label(strategy, variant)
         if name not in self._trials:
             tags = {"mlflow.parentRunId": self._sweep.id}
-            run = self._trials[name] = _Run(self._created(name, name, tags))
+            run = self._trials[name] = _Run(self._create_run(name, name, tags))
             self._client.log_param(run.id, "strategy", strategy)
             if variant:
                 self._client.log_param(run.id, "variant", variant)
         return self._trials[name]
 
-    def _created(self, trial: str, name: str, tags: Mapping[str, str]) -> str:
+    def _create_run(self, trial: str, name: str, tags: Mapping[str, str]) -> str:
         tags = {**self._tags, TRIAL_TAG: trial, **tags}
         run_id: str = self._client.create_run(self._experiment, tags=tags, run_name=name).info.run_id
         return run_id
 
-    def _found(self, run_id: str) -> _Run:
+    def _find_run(self, run_id: str) -> _Run:
         return _Run(run_id, {metric.step for metric in self._client.get_metric_history(run_id, "seconds")})
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _warn_once(self) -> Iterator[None]:
         """What MLflow refuses is told, once, and costs nothing else."""
         try:
             yield
@@ -236,7 +236,7 @@ def _trace(config: SweepConfig, run_dir: str, trial: str) -> Callable[[], None]:
     mlflow.set_tracking_uri(config.tracking.mlflow)
     experiment = _experiment(client, config)
     mlflow.set_experiment(experiment_id=experiment)
-    if (run_id := _awaited(lambda: _runs(client, experiment, run_dir).get(trial))) is not None:
+    if (run_id := _await_run(lambda: _runs(client, experiment, run_dir).get(trial))) is not None:
         mlflow.start_run(run_id=run_id)
     mlflow.dspy.autolog(log_traces_from_compile=True, silent=True)  # a trial is one compilation, of BetterTogether
 
@@ -247,7 +247,7 @@ def _trace(config: SweepConfig, run_dir: str, trial: str) -> Callable[[], None]:
     return end
 
 
-def _awaited(run_id: Callable[[], str | None]) -> str | None:
+def _await_run(run_id: Callable[[], str | None]) -> str | None:
     """A run's id as soon as there is one; None if there is none in time."""
     none = retry_if_result(lambda found: found is None)
     return Retrying(retry=none, wait=wait_fixed(0.5), stop=stop_after_delay(RUN_S), retry_error_callback=lambda _: None)(

@@ -72,7 +72,7 @@ class VllmEngine:
             await self._client.remove_lora(adapter.lora_int_id)
 
     async def logprobs(self, tokens: Sequence[int], adapter: str | None) -> list[float]:
-        output = await self._generated(tokens, adapter, prompt_logprobs=0)
+        output = await self._generate(tokens, adapter, prompt_logprobs=0)
         return [
             float(known[token].logprob)
             for token, known in zip(tokens, output.prompt_logprobs, strict=True)
@@ -82,7 +82,7 @@ class VllmEngine:
     async def probe(self) -> None:
         # A full engine may keep a new request waiting for minutes: that others get tokens will do.
         before = _tokens_computed()
-        token = asyncio.ensure_future(self._generated([1, 2, 3, 4], None))
+        token = asyncio.ensure_future(self._generate([1, 2, 3, 4], None))
         try:
             while not (await asyncio.wait({token}, timeout=PROGRESS_S))[0]:
                 if _tokens_computed() > before:
@@ -108,7 +108,7 @@ class VllmEngine:
     async def wake(self) -> None:
         await self._client.wake_up()
 
-    async def _generated(self, tokens: Sequence[int], adapter: str | None, **sampling: Any) -> Any:
+    async def _generate(self, tokens: Sequence[int], adapter: str | None, **sampling: Any) -> Any:
         from vllm import SamplingParams
 
         parameters = SamplingParams(temperature=0.0, max_tokens=1, **sampling)

@@ -81,7 +81,7 @@ class Guard:
             await self.app(scope, receive, send)
         elif scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
-        elif not self._authorized(scope):
+        elif not self._is_authorized(scope):
             await _refuse(send, 401, "This server needs the token of its sweep.")
         elif (route := (scope["method"], scope["path"])) in OPEN_ROUTES:
             await self.app(scope, receive, send)
@@ -92,7 +92,7 @@ class Guard:
         else:
             await _refuse(send, 404, f"{route[0]} {route[1]} is not a route of this server.")
 
-    def _authorized(self, scope: Scope) -> bool:
+    def _is_authorized(self, scope: Scope) -> bool:
         expected = b"Bearer " + self._token.encode()
         return any(name == b"authorization" and hmac.compare_digest(value, expected) for name, value in scope["headers"])
 
@@ -121,12 +121,12 @@ class Guard:
         """Pass a request on, as one that is under way until it is answered, or ended by `close`."""
         begun = False
 
-        async def told(message: Message) -> None:
+        async def tell(message: Message) -> None:
             nonlocal begun
             begun = True
             await send(message)
 
-        task = asyncio.ensure_future(app(scope, receive, told))
+        task = asyncio.ensure_future(app(scope, receive, tell))
         self._in_flight.add(task)
         try:
             await task
@@ -232,10 +232,10 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     """A `receive` that gives `body` once, and then whatever the client still sends (its disconnect)."""
     pending = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def replayed() -> Message:
+    async def replay() -> Message:
         return pending.pop() if pending else await receive()
 
-    return replayed
+    return replay
 
 
 async def _refuse(send: Send, status: int, message: str, **details: str | None) -> None:

@@ -31,10 +31,10 @@ class IdleCores(TrainerCallback):  # type: ignore[misc]
         self._own = own
         self._cores = allowed_cores()
         self._most = own if has_quota() else max(own, min(len(self._cores), MOST_THREADS))
-        self._then = _reading(self._cores)
+        self._then = _read_times(self._cores)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        now = _reading(self._cores)
+        now = _read_times(self._cores)
         seconds, used, idle = (after - before for after, before in zip(now, self._then, strict=True))
         self._then = now
         threads = torch.get_num_threads()
@@ -70,7 +70,7 @@ def has_quota() -> bool:
     return any(limit not in NO_LIMIT for limit in limits)
 
 
-def _reading(cores: Sequence[int]) -> tuple[float, float, float]:
+def _read_times(cores: Sequence[int]) -> tuple[float, float, float]:
     """The time, the CPU time of this process, and the time that these cores were idle, in seconds."""
     by_core = psutil.cpu_times(percpu=True)
     return time.monotonic(), time.process_time(), sum(by_core[core].idle for core in cores if core < len(by_core))

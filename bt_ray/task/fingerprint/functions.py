@@ -97,15 +97,15 @@ def expand_function(function: FunctionType, mode: Mode) -> Node:
         pairs({name: Ref(value) for name, value in (function.__kwdefaults__ or {}).items()}),
         pairs({name: Ref(value, Mode.TYPE) for name, value in annotations.items()}),
         attributes,
-        mentioned_in_text(texts, function.__globals__),
+        read_text_annotation(texts, function.__globals__),
         *held,
-        *named_files((value for value, _ in _cells(function)), code.co_filename),
+        *find_named_files((value for value, _ in _cells(function)), code.co_filename),
         *mentioned,
     ]
     return Node(
         label,
         children,
-        name=f"function {function.__qualname__} in {_shown_file(code.co_filename, module)}",
+        name=f"function {function.__qualname__} in {_file_name(code.co_filename, module)}",
         documentation=documentation,
         source=lambda: source_text(function),
         reads_documentation=bool(read.names & READS_DOCUMENTATION),
@@ -133,7 +133,7 @@ def _cells(function: FunctionType) -> Iterator[tuple[Any, bool]]:
 def mentions(read: Code, variables: Mapping[str, Any], file: str) -> tuple[list[Any], dict[str, Any]]:
     """What code mentions: values of its module's variables, what it imports while it runs, files; and values by name."""
     folder = os.path.dirname(file) if os.path.isfile(file) else ""
-    shown = _shown_file(file, None)
+    shown = _file_name(file, None)
     children: list[Any] = []
     named: dict[str, Any] = {}
     values = {}
@@ -142,7 +142,7 @@ def mentions(read: Code, variables: Mapping[str, Any], file: str) -> tuple[list[
         if not callable(value) and not isinstance(value, ModuleType):
             named[f"value {name} in {shown}"] = Ref(value)
     children.append(pairs(values))
-    children += named_files([*read.files, *(ref.value for ref in values.values())], file)
+    children += find_named_files([*read.files, *(ref.value for ref in values.values())], file)
     found = find_imports(read.imports, folder)
     children += [Ref(SourceFile(path)) for path in found.files]
     children += [Ref(Package(name)) for name in found.packages]
@@ -169,7 +169,7 @@ def _values(names: Iterable[str], variables: Mapping[str, Any], seen: set[int]) 
             yield f"{name}.{inner}", item
 
 
-def mentioned_in_text(text: str, variables: Mapping[str, Any]) -> Node:
+def read_text_annotation(text: str, variables: Mapping[str, Any]) -> Node:
     """What annotations mention that are written as texts."""
     names = set(re.findall(r"\w+", text)) & variables.keys()
     return pairs({name: Ref(variables[name], Mode.TYPE) for name in names if not isinstance(variables[name], ModuleType)})
@@ -196,7 +196,7 @@ def expand_source_file(source: SourceFile) -> Node:
     found = find_imports(read.imports, folder)
     children: list[Any] = [Ref(SourceFile(path)) for path in found.files]
     children += [Ref(Package(package)) for package in found.packages]
-    children += named_files(read.files, source.path)
+    children += find_named_files(read.files, source.path)
     if not read.is_seen_through:
         children.append(Ref(SourceFolder(source_folder(source.path))))
     return Node(
@@ -234,7 +234,7 @@ def file_digest(path: str) -> str:
         return type(error).__name__
 
 
-def named_files(names: Iterable[Any], code: str) -> list[Ref]:
+def find_named_files(names: Iterable[Any], code: str) -> list[Ref]:
     """The files that texts and paths among these name, where code of the file `code` names them.
 
     Code that writes files may write these: then they are not what it depends on.
@@ -242,7 +242,7 @@ def named_files(names: Iterable[Any], code: str) -> list[Ref]:
     found = {
         path: Ref(SourceFile(path))
         for name in names
-        if isinstance(name, str | PurePath) and (path := _named_file(str(name), os.path.dirname(code))) is not None
+        if isinstance(name, str | PurePath) and (path := _find_named_file(str(name), os.path.dirname(code))) is not None
     }
     return [] if not found or _writes(code) else list(found.values())
 
@@ -252,7 +252,7 @@ def _writes(code: str) -> bool:
     return read is not None and bool(read.names & WRITES)
 
 
-def _named_file(name: str, folder: str) -> str | None:
+def _find_named_file(name: str, folder: str) -> str | None:
     """The file of that name, relative to a folder or to the working directory."""
     if len(name) > 255 or "\n" in name or "\0" in name or "." not in name:
         return None
@@ -262,5 +262,5 @@ def _named_file(name: str, folder: str) -> str | None:
     return None
 
 
-def _shown_file(file: str, module: ModuleType | None) -> str:
+def _file_name(file: str, module: ModuleType | None) -> str:
     return os.path.basename(file) if not file.startswith("<") else getattr(module, "__name__", "the notebook")

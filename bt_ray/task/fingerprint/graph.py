@@ -149,7 +149,7 @@ class Graph:
         if isinstance(root, str):
             return Reached(text_hash(root), {})
         if not self._hashes[root]:
-            for knot in find_knots(root, self._unhashed):
+            for knot in find_knots(root, self._iterate_unhashed):
                 self._hash(knot)
         return self._collect(root)
 
@@ -186,7 +186,7 @@ class Graph:
         yield from (child for child in node.children if isinstance(child, int))
         yield from (child for child in node.named.values() if isinstance(child, int))
 
-    def _unhashed(self, number: int) -> Iterator[int]:
+    def _iterate_unhashed(self, number: int) -> Iterator[int]:
         return (child for child in self._below(number) if not self._hashes[child])
 
     def _hash(self, knot: list[int]) -> None:

@@ -13,7 +13,7 @@ import pydantic
 from pydantic.fields import FieldInfo
 
 from bt_ray.task.fingerprint.code import is_installed, is_users_module, own_attribute
-from bt_ray.task.fingerprint.functions import mentioned_in_text, package_of, pairs
+from bt_ray.task.fingerprint.functions import package_of, pairs, read_text_annotation
 from bt_ray.task.fingerprint.graph import Mode, Node, Ref
 
 LIBRARIES = ("bt_ray", "dspy", "gepa")
@@ -45,11 +45,11 @@ def is_installed_class(kind: type) -> bool:
     for part in kind.__qualname__.split("."):
         found = getattr(found, "__dict__", {}).get(part)
         if found is None:
-            return not _made_on_demand(kind)
-    return found is kind or not _made_on_demand(kind)
+            return not _is_made_on_demand(kind)
+    return found is kind or not _is_made_on_demand(kind)
 
 
-def _made_on_demand(kind: type) -> bool:
+def _is_made_on_demand(kind: type) -> bool:
     return issubclass(kind, pydantic.BaseModel | enum.Enum) or any(map(_is_users, vars(kind).values()))
 
 
@@ -110,7 +110,7 @@ def _annotations(kind: type, mode: Mode) -> Node:
     texts = " ".join(text for text in annotations.values() if isinstance(text, str))
     variables = getattr(sys.modules.get(kind.__module__), "__dict__", {})
     shown = [Node(name, [Ref(value, mode)]) for name, value in annotations.items()]
-    return Node("annotations", [*shown, mentioned_in_text(texts, variables)])
+    return Node("annotations", [*shown, read_text_annotation(texts, variables)])
 
 
 def _signature(signature: type[dspy.Signature]) -> Node:

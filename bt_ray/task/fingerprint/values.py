@@ -60,7 +60,7 @@ class Values:
     def _leaf(self, value: Any) -> str | None:
         kind = type(value)
         if kind is str:
-            return f"str {self._placed(value)}"
+            return f"str {self._replace_places(value)}"
         if value is None or kind is bool or kind is float:
             return f"{kind.__name__} {value!r}"
         if kind is int:
@@ -69,7 +69,7 @@ class Values:
             return f"bytes {value.hex()}"
         return None
 
-    def _placed(self, text: str) -> str:
+    def _replace_places(self, text: str) -> str:
         for place, stands_for in self.places.items():
             if place in text:
                 text = text.replace(place, stands_for)
@@ -83,7 +83,7 @@ class Values:
             return self._read(value, mode)
         except Exception as error:  # whatever a user's object does when it is looked at
             try:
-                held = [_named_attributes(object.__getattribute__(value, "__dict__"), installed=True)]
+                held = [_read_attributes(object.__getattribute__(value, "__dict__"), installed=True)]
             except Exception:
                 held = []
             return Node(f"unseen {type(error).__name__}", [] if isinstance(value, type) else [Ref(type(value)), *held])
@@ -94,13 +94,13 @@ class Values:
         if reader is not None:
             node: Node = reader(value, mode)
         elif isinstance(value, PurePath):
-            node = Node(f"path {self._placed(str(value))}")
+            node = Node(f"path {self._replace_places(str(value))}")
         elif kinds.is_type_expression(value):
             node = kinds.expand_type(value, mode)
         elif not is_installed_value(kind) or kinds.of_a_library(kind):
             node = _object(value, mode)
         else:
-            node = _installed_object(value, mode)
+            node = _read_installed_object(value, mode)
         return node
 
 
@@ -108,10 +108,10 @@ def is_installed_value(kind: type) -> bool:
     return kinds.is_installed_class(kind) if kind.__module__ != "builtins" else True
 
 
-def _installed_object(value: Any, mode: Mode) -> Node:
+def _read_installed_object(value: Any, mode: Mode) -> Node:
     if hasattr(type(value), "__array__"):
         return _array(value)
-    return _mapping(value, mode) if isinstance(value, Mapping) else _reduced(value)
+    return _read_mapping(value, mode) if isinstance(value, Mapping) else _read_reduced_state(value)
 
 
 def _own_key(value: Any) -> tuple[Any] | None:
@@ -132,7 +132,7 @@ def _set(value: Any, mode: Mode) -> Node:
     return Node("set", [Ref(item) for item in value], unordered=True)
 
 
-def _mapping(value: Mapping[Any, Any], mode: Mode) -> Node:
+def _read_mapping(value: Mapping[Any, Any], mode: Mode) -> Node:
     """A dict, in its order unless that means nothing; a default that it makes counts too."""
     items = [Node("item", [Ref(key), Ref(item, mode)]) for key, item in value.items()]
     node = Node("mapping", items, unordered=mode is Mode.KEYWORDS)
@@ -149,13 +149,15 @@ def _object(value: Any, mode: Mode) -> Node:
     values = _attributes(value)
     if isinstance(value, dspy.Module):
         values = {name: item for name, item in values.items() if name not in OF_A_RUN}
-    children: list[Any] = [Ref(kind), _named_attributes(values, installed=installed)]
+    children: list[Any] = [Ref(kind), _read_attributes(values, installed=installed)]
     for base in BUILT_IN:
         if isinstance(value, base):
             children.append(Ref(base(value), mode))
             break
     if not installed:
-        children += functions.named_files(values.values(), own_attribute(sys.modules.get(kind.__module__), "__file__") or "")
+        children += functions.find_named_files(
+            values.values(), own_attribute(sys.modules.get(kind.__module__), "__file__") or ""
+        )
     named = {}
     if any(kinds.of_a_library(base) for base in kind.__mro__):
         simple = {name: item for name, item in values.items() if isinstance(item, SIMPLE) and not is_secret(name, item)}
@@ -174,7 +176,7 @@ def _attributes(value: Any) -> dict[str, Any]:
     return found
 
 
-def _named_attributes(values: Mapping[str, Any], *, installed: bool) -> Node:
+def _read_attributes(values: Mapping[str, Any], *, installed: bool) -> Node:
     shown = {name: Ref(item, _mode_of(name, installed)) for name, item in values.items() if not is_secret(name, item)}
     return pairs({str(name): ref for name, ref in shown.items()})
 
@@ -191,7 +193,7 @@ def _mode_of(name: Any, installed: bool) -> Mode:
     )
 
 
-def _reduced(value: Any) -> Node:
+def _read_reduced_state(value: Any) -> Node:
     """An object of an installed package by the state that it would be pickled with, else by its attributes."""
     kind = type(value)
     if isinstance(value, WEAK):
@@ -200,14 +202,14 @@ def _reduced(value: Any) -> Node:
         reduce = copyreg.dispatch_table.get(kind)
         state = reduce(value) if reduce else value.__reduce_ex__(4)
     except Exception:  # locks, connections and the like
-        return Node("object", [Ref(kind), _named_attributes(_attributes(value), installed=True)])
+        return Node("object", [Ref(kind), _read_attributes(_attributes(value), installed=True)])
     if isinstance(state, str):
-        return Node(f"global {state}", [Ref(kind), _named_attributes(_attributes(value), installed=True)])
+        return Node(f"global {state}", [Ref(kind), _read_attributes(_attributes(value), installed=True)])
     made_by, arguments, *more = state
     attributes, items, pairs_of_it = (*more, None, None, None)[:3]
     children: list[Any] = [Ref(made_by), *(Ref(argument) for argument in arguments)]
     parts = attributes if isinstance(attributes, tuple) else (attributes,)
-    children += [_named_attributes(part, installed=True) if isinstance(part, dict) else Ref(part) for part in parts]
+    children += [_read_attributes(part, installed=True) if isinstance(part, dict) else Ref(part) for part in parts]
     children += [Node("items", [Ref(item) for item in items or ()])]
     children += [Node("pairs", [Ref(part) for pair in pairs_of_it or () for part in pair])]
     return Node("reduced", children)
@@ -256,29 +258,29 @@ def _lm(lm: dspy.BaseLM, mode: Mode) -> Node:
     arguments = values.get("kwargs")
     settings = {name: item for name, item in arguments.items() if not is_of_a_client(name)} if arguments else {}
     named = {f"setting {name} of the LM {values.get('model')}": Ref(item, Mode.KEYWORDS) for name, item in settings.items()}
-    return Node("lm", [Ref(type(lm)), pairs({name: _setting(item) for name, item in values.items()})], named=named)
+    return Node("lm", [Ref(type(lm)), pairs({name: _read_setting(item) for name, item in values.items()})], named=named)
 
 
-def _setting(value: Any) -> Any:
+def _read_setting(value: Any) -> Any:
     """A parameter of a client: what lets it in, and where it is, is left out of whatever dicts there are."""
     if type(value) is dict:
-        return pairs({repr(name): _setting(item) for name, item in value.items() if not is_of_a_client(name)})
+        return pairs({repr(name): _read_setting(item) for name, item in value.items() if not is_of_a_client(name)})
     if type(value).__module__ == "bt_ray.trial.lm":  # who serves the weights that `model` names
         return Node("served")
     return Ref(value, Mode.KEYWORDS)
 
 
 def _embedder(value: Any, mode: Mode) -> Node:
-    return Node("embedder", [Ref(type(value)), pairs({name: _setting(item) for name, item in vars(value).items()})])
+    return Node("embedder", [Ref(type(value)), pairs({name: _read_setting(item) for name, item in vars(value).items()})])
 
 
 def _model_instance(value: pydantic.BaseModel, mode: Mode) -> Node:
     own = [getattr(value, "__pydantic_extra__", None), getattr(value, "__pydantic_private__", None)]
     values = {**vars(value), **(own[0] or {}), **(own[1] or {})}
-    return Node("model", [Ref(type(value)), _named_attributes(values, installed=False)])
+    return Node("model", [Ref(type(value)), _read_attributes(values, installed=False)])
 
 
-def _bound(value: Any, mode: Mode) -> Node:
+def _read_bound_method(value: Any, mode: Mode) -> Node:
     """A method of an object, or a function that is built in."""
     holder = getattr(value, "__self__", None)
     if holder is None or isinstance(holder, types.ModuleType):
@@ -298,7 +300,7 @@ READERS: dict[Any, Any] = {
     enum.Enum: lambda value, mode: Node(f"member {value._name_}", [Ref(value._value_), Ref(type(value))]),
     types.FunctionType: functions.expand_function,
     types.MethodType: lambda value, mode: Node("method", [Ref(value.__self__), Ref(value.__func__, mode)]),
-    METHODS: _bound,
+    METHODS: _read_bound_method,
     DESCRIPTORS: lambda value, mode: Node(f"descriptor {value.__name__}", [Ref(value.__objclass__)]),
     types.GenericAlias: kinds.expand_type,
     type: kinds.expand_class,
@@ -316,7 +318,7 @@ READERS: dict[Any, Any] = {
     types.GeneratorType: lambda value, mode: Node("generator", [Ref(value.gi_code)]),
     bytearray | memoryview: lambda value, mode: Node("bytes", [Ref(bytes(value))]),
     type({}.keys()) | type({}.values()): lambda value, mode: Node("view", [Ref(list(value))]),
-    collections.OrderedDict: _mapping,
+    collections.OrderedDict: _read_mapping,
     pydantic.BaseModel: _model_instance,
     type(os.environ): lambda value, mode: Node("environment"),
 }
@@ -324,7 +326,7 @@ READERS: dict[Any, Any] = {
 
 
 EXACTLY: dict[type, Any] = {
-    dict: _mapping,
+    dict: _read_mapping,
     list: lambda value, mode: Node("list", [Ref(item, mode) for item in value]),
     tuple: lambda value, mode: Node("tuple", [Ref(item, mode) for item in value]),
     set: _set,
