@@ -1,6 +1,6 @@
 """Which server serves which lease, when to swap, grow, take back or release one: a pure state machine.
 
-Whoever owns the servers tells it what happened (`asked`, `ended`, `placed`, `served`, ...) and asks `decide` what to do
+Whoever owns the servers tells it what happened (`add_ask`, `end_lease`, `note_placed`, ...) and asks `decide` what to do
 next. It knows no Ray, no clock and no process; `bt_ray.pool.server_pool` carries its actions out.
 
 A lease is shared, for requests to given weights, or exclusive, for a training. First come leases for the steps with the
@@ -62,12 +62,12 @@ class Placement:
         self._actions.append(Grow(server.number))
         return server
 
-    def asked(self, ask: Ask) -> None:
+    def add_ask(self, ask: Ask) -> None:
         """A lease is wanted."""
         self.waiting.append(ask)
         self.waiting.sort(key=lambda ask: ask.turn)
 
-    def ended(self, lease: int, now: float, made: Weights | None = None) -> bool:
+    def end_lease(self, lease: int, now: float, made: Weights | None = None) -> bool:
         """A lease was given back, or is not wanted any more. Harmless when it has ended before.
 
         Returns:
@@ -93,18 +93,18 @@ class Placement:
                 server.idle_since, was_there = now, True
         return was_there
 
-    def holder_died(self, holder: str, now: float) -> None:
+    def note_holder_died(self, holder: str, now: float) -> None:
         """All that a holder has, and waits for, has ended; its training is to be stopped."""
         training = [s for s in self.servers.values() if s.training is not None and s.training.holder == holder]
         asks = [*self.waiting, *(ask for server in self.servers.values() for ask in server.leases.values())]
         for lease in [ask.lease for ask in asks if ask.holder == holder]:
-            self.ended(lease, now)
+            self.end_lease(lease, now)
         for server in training:
             server.training = None
             server.state = State.STOPPING
             self._actions.append(Stop(server.number))
 
-    def placed(self, number: int, now: float, node: str | None = None) -> None:
+    def note_placed(self, number: int, now: float, node: str | None = None) -> None:
         """A server that was asked for can be used; no model is in it.
 
         Args:
@@ -116,7 +116,7 @@ class Placement:
             server.state, server.idle_since = State.READY, now
             server.node = node if node is not None else f"server {number}"
 
-    def served(self, number: int, now: float) -> None:
+    def note_served(self, number: int, now: float) -> None:
         """A server serves what it was to serve."""
         if (server := self.servers.get(number)) is not None and server.state is State.CHANGING:
             server.state, server.idle_since = State.READY, now
@@ -125,7 +125,7 @@ class Placement:
             if not server.granted:  # else a turn goes on
                 server.since = now
 
-    def failed(self, number: int, now: float) -> list[Ask]:
+    def note_failed(self, number: int, now: float) -> list[Ask]:
         """A server could not be brought to serve what it was to serve. Returns the leases that fail with it."""
         if (server := self.servers.get(number)) is None:
             return []
@@ -135,14 +135,14 @@ class Placement:
         server.incarnation += 1
         return server.drop_leases()
 
-    def fetched(self, number: int, weights: Weights, *, whole: bool) -> None:
+    def note_fetched(self, number: int, weights: Weights, *, whole: bool) -> None:
         """Weights that were to be copied to a server's node are there, or could not be had."""
         if (server := self.servers.get(number)) is not None:
             server.fetching, server.fetches = None, whole
             if whole:
                 self._copies.add(server.node, weights)
 
-    def lost(self, number: int, incarnation: int) -> None:
+    def note_lost(self, number: int, incarnation: int) -> None:
         """A holder could not reach a server, as it was at that time. It is looked at, and brought back."""
         server = self.servers.get(number)
         if server is None or server.incarnation != incarnation or server.state is not State.READY or not server.serving:
@@ -150,13 +150,13 @@ class Placement:
         if server.training is None and not server.leaving:
             self._serve(server, *server.serving.values())
 
-    def stopped(self, number: int, now: float) -> None:
+    def note_stopped(self, number: int, now: float) -> None:
         """What ran on a server has ended, its model too."""
         if (server := self.servers.get(number)) is not None:
             server.state, server.idle_since = State.READY, now
             server.serving, server.base = {}, None
 
-    def leaves(self, number: int, now: float) -> None:
+    def note_leaving(self, number: int, now: float) -> None:
         """A server's node is going away. What began there goes on; another server is created for what comes next."""
         server = self.servers.get(number)
         if server is None or server.leaving or server.state is State.PLACING:
@@ -166,7 +166,7 @@ class Placement:
             self.grow(now, server.slots)
         self._take_back_promised(server)
 
-    def died(self, number: int) -> list[Ask]:
+    def note_died(self, number: int) -> list[Ask]:
         """A server is gone. Returns the leases that were on it; those that were not granted yet wait again."""
         server = self.servers.pop(number, None)
         if server is None:
@@ -207,7 +207,7 @@ class Placement:
         actions, self._actions = self._actions, []
         return actions
 
-    def waiting_for(self, slots: str) -> list[Ask]:
+    def find_waiting(self, slots: str) -> list[Ask]:
         """The asks that only a server in these slots can serve."""
         return [ask for ask in self.waiting if self._slots(ask.weights) == slots]
 
@@ -327,7 +327,7 @@ class Placement:
             placing = sum(server.state is State.PLACING for server in there)
             busy = [server for server in there if server.work]
             busy.sort(key=lambda server: (server.training is not None, min(server.work)))
-            waited_for = list({ask.weights.id: ask.weights for ask in self.waiting_for(slots)}.values())
+            waited_for = list({ask.weights.id: ask.weights for ask in self.find_waiting(slots)}.values())
             for weights, server in zip(waited_for[placing:], busy, strict=False):
                 if server.fetches and server.fetching is None and not self._at_hand(server, weights):
                     server.fetching = weights

@@ -135,7 +135,7 @@ class ServerPool:
             self._run(self._end_with(holder, holder_actor[0]))
         if lost is not None:
             self._note_server(lost[0], "lost", reason=f"{holder.partition('#')[0]} could not reach it")
-            self._placement.lost(*lost)
+            self._placement.note_lost(*lost)
         self._forget(self._by_request.get(request))
         goes_on = self._take_back(returned or {})
         ask = Ask(next(self._numbers), holder, weights, exclusive, time.monotonic(), urgency, goes_on)
@@ -143,7 +143,7 @@ class ServerPool:
         future = asyncio.get_running_loop().create_future()
         self._waiting[ask.lease] = future
         self._note_lease("asked", ask)
-        self._placement.asked(ask)
+        self._placement.add_ask(ask)
         self._decide()
         return await future  # type: ignore[no-any-return]
 
@@ -198,7 +198,7 @@ class ServerPool:
                 future.cancel()  # nobody listens any more, or it is done
             self._by_request.pop(self._requests.pop(lease, ""), None)
             self._deaths.pop(lease, None)
-            return self._placement.ended(lease, time.monotonic(), made)
+            return self._placement.end_lease(lease, time.monotonic(), made)
         return False
 
     def _start(self) -> None:
@@ -228,7 +228,7 @@ class ServerPool:
                 node = self._nodes.get(number)
                 if node in draining and not server.leaving:
                     self._note_server(number, "leaving", reason=f"{DRAINED}: {node}")
-                    self._placement.leaves(number, time.monotonic())
+                    self._placement.note_leaving(number, time.monotonic())
             self._decide()
 
     def _decide(self) -> None:
@@ -283,12 +283,14 @@ class ServerPool:
             reasons = self._not_created.setdefault(slots, [])
             reasons.append(_reason(error))
             if len(reasons) % DEATHS == 0:
-                self._fail(self._placement.waiting_for(slots), f"A model server's actor cannot be started: {_reason(error)}")
+                self._fail(
+                    self._placement.find_waiting(slots), f"A model server's actor cannot be started: {_reason(error)}"
+                )
             self._drop_dead(number, _reason(error))
             return
         self._not_created.pop(slots, None)
         self._note_server(number, "idle")
-        self._placement.placed(number, time.monotonic(), self._nodes[number])
+        self._placement.note_placed(number, time.monotonic(), self._nodes[number])
         self._decide()
         await until_dead(actor)
         self._drop_dead(number, "its actor died")
@@ -300,7 +302,7 @@ class ServerPool:
         self._endpoints.pop(number, None)
         self._note_server(number, "dead", reason=reason)
         promised = [ask for ask in self._placement.servers[number].leases.values() if ask.lease in self._waiting]
-        self._placement.died(number)
+        self._placement.note_died(number)
         self._deaths.update(ask.lease for ask in promised)
         self._fail(
             [ask for ask in promised if self._deaths[ask.lease] >= DEATHS], f"Its server died {DEATHS} times: {reason}"
@@ -314,7 +316,7 @@ class ServerPool:
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, BtRayError) else InfrastructureError(_reason(error))
             self._note_server(number, "failed", weights.id, time.monotonic() - began, str(cause))
-            failed = self._placement.failed(number, time.monotonic())
+            failed = self._placement.note_failed(number, time.monotonic())
             self._answer(failed, cause)
         except RayError:
             return  # `_place` is told when the actor is dead
@@ -324,7 +326,7 @@ class ServerPool:
                 self._metrics.served(change.how, change.seconds)
             self._note_server(number, f"serving, {change.how}", weights.id, change.seconds, change.reason)
             self._endpoints[number] = served.endpoint
-            self._placement.served(number, time.monotonic())
+            self._placement.note_served(number, time.monotonic())
         self._decide()
 
     async def _fetch(self, number: int, actor: "ActorHandle[Any]", weights: Weights) -> None:
@@ -334,7 +336,7 @@ class ServerPool:
             whole = True
         except RayError as error:  # whoever uses them there fetches them, and fails if that fails again
             logger.warning("Server %s: %s could not be fetched ahead: %s", number, weights.id, _reason(error))
-        self._placement.fetched(number, weights, whole=whole)
+        self._placement.note_fetched(number, weights, whole=whole)
         self._decide()
 
     def _grant(self, ask: Ask, number: int) -> None:
@@ -363,7 +365,7 @@ class ServerPool:
         await until_dead(actor)
         self._watched.discard(holder)
         self._note(LeaseChanged(time.time(), None, "holder died", holder.partition("#")[0]))
-        self._placement.holder_died(holder, time.monotonic())
+        self._placement.note_holder_died(holder, time.monotonic())
         for request in [request for request in self._by_request if request.startswith(f"{holder}/")]:
             self._forget(self._by_request[request])
         self._decide()
@@ -378,7 +380,7 @@ class ServerPool:
             return  # `_place` is told when it is dead
         else:
             self._note_server(number, "idle", reason="its holder died")
-            self._placement.stopped(number, time.monotonic())
+            self._placement.note_stopped(number, time.monotonic())
             self._decide()
 
     async def _close(self, actor: "ActorHandle[Any]") -> None:

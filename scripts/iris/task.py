@@ -43,7 +43,7 @@ def build() -> bt_ray.Task:
     # DSPy asks a second time, for JSON, where an answer does not parse: this model's do not parse then either.
     dspy.configure(adapter=dspy.ChatAdapter(use_json_adapter_fallback=False))
     flowers = examples()
-    trainset, valset, testset = flowers[:50], flowers[50:100], flowers[100:]
+    trainset, valset, testset = flowers[:70], flowers[70:100], flowers[100:]
     program = dspy.Predict(ClassifyIris)
     # The 135M model gets no training example right by itself, so the labels teach it.
     teacher = bt_ray.gold_label_teacher(program, trainset)

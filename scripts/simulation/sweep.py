@@ -323,7 +323,7 @@ class Simulation:
             load = self.held[(yield self._granted[lease])].load
             after(self.clock, self.switches.renew_s, lambda load=load, lease=lease: load.drop(lease))  # type: ignore[misc]
             work = yield load.add(lease, work)
-            self.placement.ended(lease, self.clock.now)
+            self.placement.end_lease(lease, self.clock.now)
 
     def _train(self, holder: str, prefix: str, parent_weights: Weights, made: Weights, goes_on: bool) -> Process:
         left, whole = self.drawn("train", prefix), False
@@ -341,7 +341,7 @@ class Simulation:
                 slot.trained += trained
                 slot.copies[made.id] = self.clock.now
             left -= trained // self.times.checkpoint * self.times.checkpoint
-            self.placement.ended(lease, self.clock.now, made if whole else None)
+            self.placement.end_lease(lease, self.clock.now, made if whole else None)
 
     def _fetch(self, number: int, weights: Weights) -> float:
         """Seconds until a slot's node has these weights, which it fetches unless it does so already."""
@@ -354,7 +354,7 @@ class Simulation:
         lease = next(self._leases)
         self._granted[lease] = self.clock.event()
         urgency = self.urgency[prefix] if self.switches.longest_first else 0
-        self.placement.asked(Ask(lease, holder, weights, exclusive, self.clock.now, urgency, goes_on))
+        self.placement.add_ask(Ask(lease, holder, weights, exclusive, self.clock.now, urgency, goes_on))
         return lease
 
     def _decide(self) -> None:
@@ -374,13 +374,13 @@ class Simulation:
             case Fetch(number, weights):
                 there = self._fetch(number, weights) if self.switches.fetches_ahead else 0.0
                 whole = self.switches.fetches_ahead
-                after(self.clock, there, lambda: self.placement.fetched(number, weights, whole=whole))
+                after(self.clock, there, lambda: self.placement.note_fetched(number, weights, whole=whole))
             case Grant(ask, number):
                 self._granted.pop(ask.lease).succeed(number)
             case Revoke(ask, number):
                 self.held[number].load.drop(ask.lease)
             case Stop(number):
-                self.placement.stopped(number, self.clock.now)
+                self.placement.note_stopped(number, self.clock.now)
             case Release(number):
                 self._let_go(number)
 
@@ -390,13 +390,13 @@ class Simulation:
         slot.base = weights.base
         self.counted[how] += 1
         seconds = self._fetch(number, weights) + self.drawn(how, (number, self.counted[how]))
-        after(self.clock, seconds, lambda: self.placement.served(number, self.clock.now))
+        after(self.clock, seconds, lambda: self.placement.note_served(number, self.clock.now))
 
     def _tick(self) -> None:
         self._ticking = False
 
     def _place(self, number: int) -> None:
-        self.placement.placed(number, self.clock.now)
+        self.placement.note_placed(number, self.clock.now)
         if self.times.preempted < math.inf:
             after(self.clock, self._chance.expovariate(1 / self.times.preempted), lambda: self._preempt(number))
 
@@ -404,7 +404,7 @@ class Simulation:
         if (slot := self.held.get(number)) is None:
             return
         self.counted["lost"] += 1
-        for ask in self.placement.died(number):
+        for ask in self.placement.note_died(number):
             slot.load.drop(ask.lease)
             slot.trained += max(0.0, self.clock.now - slot.training_since) if ask.exclusive else 0.0
         slot.lost.succeed()

@@ -38,12 +38,12 @@ class Pool:
         self, weights: Weights, holder: str = "trial", *, exclusive: bool = False, urgency: int = 0, goes_on: bool = False
     ) -> int:
         lease = next(self.numbers)
-        self.placement.asked(Ask(lease, holder, weights, exclusive, self.now, urgency, goes_on))
+        self.placement.add_ask(Ask(lease, holder, weights, exclusive, self.now, urgency, goes_on))
         self.settle()
         return lease
 
     def end(self, lease: int, made: Weights | None = None) -> None:
-        self.placement.ended(lease, self.now, made)
+        self.placement.end_lease(lease, self.now, made)
         self.settle()
 
     def settle(self, seconds: float = 0) -> None:
@@ -53,13 +53,13 @@ class Pool:
             for action in actions:
                 match action:
                     case Grow(number):
-                        self.placement.placed(number, self.now, self.node)
+                        self.placement.note_placed(number, self.now, self.node)
                     case Serve(number):
-                        self.placement.served(number, self.now)
+                        self.placement.note_served(number, self.now)
                     case Fetch(number, weights):
-                        self.placement.fetched(number, weights, whole=True)
+                        self.placement.note_fetched(number, weights, whole=True)
                     case Stop(number):
-                        self.placement.stopped(number, self.now)
+                        self.placement.note_stopped(number, self.now)
 
     def server_of(self, lease: int) -> int | None:
         """Where a lease was granted."""
@@ -101,12 +101,12 @@ def test_growth_is_preferred_to_a_relaunch_until_patience_is_over() -> None:
 
     slow = Placement({"": Policy(limit=2, patience_s=30)})
     server = slow.grow(0)
-    slow.placed(server.number, 0)
-    slow.asked(Ask(1, "x", A, False, 0))
+    slow.note_placed(server.number, 0)
+    slow.add_ask(Ask(1, "x", A, False, 0))
     assert slow.decide(0)[1:] == [Serve(0, A)]
-    slow.served(0, 1)
-    slow.ended(1, 2)
-    slow.asked(Ask(2, "x", B, False, 2))
+    slow.note_served(0, 1)
+    slow.end_lease(1, 2)
+    slow.add_ask(Ask(2, "x", B, False, 2))
     assert slow.decide(2) == [Grow(1)], "which never comes"
     assert slow.decide(31) == []
     assert slow.decide(32) == [Serve(0, B)]
@@ -127,13 +127,13 @@ def test_a_server_is_shared_at_once_while_the_pool_grows() -> None:
 
 def test_a_lease_on_a_server_that_is_still_changing_begins_when_it_serves() -> None:
     placement = Placement({"": Policy(limit=1)})
-    placement.asked(Ask(1, "x", A, False, 0))
+    placement.add_ask(Ask(1, "x", A, False, 0))
     assert placement.decide(0) == [Grow(0)]
-    placement.placed(0, 1)
+    placement.note_placed(0, 1)
     assert placement.decide(1) == [Serve(0, A)]
-    placement.asked(Ask(2, "y", A, False, 2))
+    placement.add_ask(Ask(2, "y", A, False, 2))
     assert placement.decide(2) == []
-    placement.served(0, 3)
+    placement.note_served(0, 3)
     assert [action.lease.lease for action in placement.decide(3) if isinstance(action, Grant)] == [1, 2]
 
 
@@ -143,7 +143,7 @@ def test_a_lease_that_was_promised_when_its_server_is_taken_back_waits_on() -> N
     pool.now += 60
     later = [Ask(next(pool.numbers), "x", A, False, pool.now), Ask(next(pool.numbers), "y", A, True, pool.now)]
     for ask in later:
-        pool.placement.asked(ask)
+        pool.placement.add_ask(ask)
     pool.settle()
     joined, training = (ask.lease for ask in later)
     assert (pool.server_of(joined), pool.server_of(training)) == (None, 0)
@@ -180,8 +180,8 @@ def test_nobody_shares_with_a_training_or_ends_it() -> None:
     others = [pool.ask(A), pool.ask(A1, exclusive=True)]
     pool.settle(1000)
     assert [pool.server_of(lease) for lease in others] == [None, None]
-    assert pool.placement.ended(training, pool.now)
-    assert not pool.placement.ended(training, pool.now), "it has ended before"
+    assert pool.placement.end_lease(training, pool.now)
+    assert not pool.placement.end_lease(training, pool.now), "it has ended before"
     pool.settle()
     assert pool.server_of(others[1]) == 0, "trainings come first"
     pool.end(others[1])
@@ -212,12 +212,12 @@ def test_a_dead_holders_training_is_stopped_before_anybody_else_gets_the_server(
     pool = Pool(limit=1)
     pool.ask(A, "dead", exclusive=True)
     waits = pool.ask(A, "alive")
-    pool.placement.holder_died("dead", pool.now)
+    pool.placement.note_holder_died("dead", pool.now)
     (stop,) = pool.placement.decide(pool.now)
     assert stop == Stop(0)
     pool.settle()
     assert pool.server_of(waits) is None
-    pool.placement.stopped(0, pool.now)
+    pool.placement.note_stopped(0, pool.now)
     pool.settle()
     assert pool.server_of(waits) == 0
 
@@ -227,48 +227,48 @@ def test_a_lost_server_is_brought_back_once() -> None:
     pool.ask(A)
     incarnation = pool.placement.servers[0].incarnation
     for _ in range(3):
-        pool.placement.lost(0, incarnation)
+        pool.placement.note_lost(0, incarnation)
         pool.settle()
     assert pool.served() == [(0, "a"), (0, "a")]
 
 
 def test_leases_that_were_promised_on_a_dead_server_wait_again_and_the_pool_grows_anew() -> None:
     placement = Placement({"": Policy(limit=1)})
-    placement.asked(Ask(1, "x", A, False, 0))
+    placement.add_ask(Ask(1, "x", A, False, 0))
     placement.decide(0)
-    placement.placed(0, 0)
+    placement.note_placed(0, 0)
     assert placement.decide(0) == [Serve(0, A)]
-    assert placement.died(0) == []
+    assert placement.note_died(0) == []
     assert placement.decide(1) == [Grow(1)]
 
 
 def test_what_all_ask_for_at_first_is_started_before_they_ask_in_one_server_and_then_in_the_others() -> None:
     placement = Placement({"": Policy(limit=3)}, {"": A})
     for _ in range(3):
-        placement.placed(placement.grow(0).number, 0)
+        placement.note_placed(placement.grow(0).number, 0)
     assert placement.decide(0) == [Grow(0), Grow(1), Grow(2), Serve(0, A)]
-    placement.asked(Ask(1, "x", A1, True, 1))
+    placement.add_ask(Ask(1, "x", A1, True, 1))
     assert [action for action in placement.decide(1) if isinstance(action, Grant)] == [Grant(Ask(1, "x", A1, True, 1), 1)]
-    placement.served(0, 2)
+    placement.note_served(0, 2)
     assert placement.decide(2) == [Serve(2, A)], "not the one that trains"
-    assert placement.failed(2, 3) == []
-    placement.ended(1, 3)
+    assert placement.note_failed(2, 3) == []
+    placement.end_lease(1, 3)
     assert placement.decide(3) == [Serve(1, A)], "not again what failed"
-    placement.served(1, 4)
+    placement.note_served(1, 4)
     assert placement.decide(4) == []
 
 
 def test_who_asks_first_gets_the_server_that_was_started_ahead() -> None:
     placement = Placement({"": Policy(limit=2)}, {"": A})
     for _ in range(2):
-        placement.placed(placement.grow(0).number, 0)
+        placement.note_placed(placement.grow(0).number, 0)
     placement.decide(0)
     first, second = (Ask(number, "x", A, False, number) for number in (1, 2))
-    placement.asked(first)
+    placement.add_ask(first)
     assert placement.decide(1) == [], "not a start of the other one"
-    placement.asked(second)
+    placement.add_ask(second)
     assert placement.decide(2) == [Serve(1, A)], "which is for the next"
-    placement.served(0, 3)
+    placement.note_served(0, 3)
     assert placement.decide(3) == [Grant(first, 0)]
 
 
@@ -301,16 +301,16 @@ def test_weights_that_are_waited_for_are_fetched_to_the_servers_that_are_next_in
 
 def test_a_server_fetches_one_after_the_other_and_no_more_once_that_failed() -> None:
     placement = Placement({"": Policy(limit=1)})
-    placement.placed(placement.grow(0).number, 0)
-    placement.asked(Ask(1, "x", A, True, 0))
+    placement.note_placed(placement.grow(0).number, 0)
+    placement.add_ask(Ask(1, "x", A, True, 0))
     placement.decide(0)
     for lease, weights, expected in [(2, A1, [Fetch(0, A1)]), (3, A2, [])]:
-        placement.asked(Ask(lease, "x", weights, True, 0))
+        placement.add_ask(Ask(lease, "x", weights, True, 0))
         assert placement.decide(0) == expected
-        placement.ended(2, 0)
-    placement.fetched(0, A1, whole=True)
+        placement.end_lease(2, 0)
+    placement.note_fetched(0, A1, whole=True)
     assert placement.decide(0) == [Fetch(0, A2)]
-    placement.fetched(0, A2, whole=False)
+    placement.note_fetched(0, A2, whole=False)
     assert placement.decide(0) == []
 
 
@@ -323,7 +323,7 @@ def test_weights_are_not_fetched_to_a_node_that_has_them_nor_while_a_new_server_
     pool.end(held[0])
     assert pool.server_of(waiting) is not None
     pool.placement.policies = {"": Policy(limit=3)}
-    pool.placement.asked(Ask(100, "x", A2, True, pool.now))
+    pool.placement.add_ask(Ask(100, "x", A2, True, pool.now))
     assert [type(action) for action in pool.placement.decide(pool.now)] == [Grow]
 
 
@@ -351,11 +351,11 @@ def test_what_failed_on_one_node_is_tried_on_another() -> None:
     assert set(tried) == {0, 1}, "a training"
     tried = []
     for _ in range(2):
-        pool.placement.asked(Ask(100 + len(tried), "x", A1, False, pool.now))
+        pool.placement.add_ask(Ask(100 + len(tried), "x", A1, False, pool.now))
         (serve,) = pool.placement.decide(pool.now)
         assert isinstance(serve, Serve)
         pool.now += 1
-        pool.placement.failed(serve.server, pool.now)
+        pool.placement.note_failed(serve.server, pool.now)
         tried.append(serve.server)
     assert set(tried) == {0, 1}, "a server"
 
@@ -402,7 +402,7 @@ def test_a_lost_server_is_brought_back_with_all_that_it_served() -> None:
     pool = Pool(limit=1, adapters=2)
     for weights in (X1, X2):
         pool.ask(weights)
-    pool.placement.lost(0, pool.placement.servers[0].incarnation)
+    pool.placement.note_lost(0, pool.placement.servers[0].incarnation)
     (serve,) = pool.placement.decide(pool.now)
     assert isinstance(serve, Serve)
     assert {serve.weights.id, *(weights.id for weights in serve.beside)} == {"a", "a-ft-x1", "a-ft-x2"}
@@ -426,12 +426,12 @@ def test_a_server_whose_node_goes_away_keeps_what_it_does_and_gets_nothing_new()
     training = pool.ask(A, exclusive=True)
     waiting = pool.ask(B)
     assert (pool.server_of(training), pool.server_of(waiting)) == (0, None)
-    pool.placement.leaves(0, pool.now)
+    pool.placement.note_leaving(0, pool.now)
     pool.settle(1)
     assert (pool.server_of(training), pool.server_of(waiting)) == (0, 1), "another server in its place, at once"
     pool.end(training)
     assert Release(0, leaving=True) in pool.done
-    pool.placement.leaves(1, pool.now)
+    pool.placement.note_leaving(1, pool.now)
     pool.end(waiting)
     assert pool.server_of(pool.ask(B)) == 2
 
@@ -500,7 +500,7 @@ class RandomEvents(RuleBasedStateMachine):
         weights = data.draw(st.sampled_from(self.weights))
         ask = Ask(next(self.numbers), holder, weights, exclusive, self.now, urgency)
         self.asked[ask.lease] = ask
-        self.placement.asked(ask)
+        self.placement.add_ask(ask)
         self.decide()
 
     @precondition(lambda self: self.asked)
@@ -508,19 +508,19 @@ class RandomEvents(RuleBasedStateMachine):
     def end(self, data: st.DataObject) -> None:
         lease = data.draw(st.sampled_from(sorted(self.asked)))
         self.ended.add(lease)
-        self.placement.ended(lease, self.now, data.draw(st.sampled_from([None, *self.weights])))
+        self.placement.end_lease(lease, self.now, data.draw(st.sampled_from([None, *self.weights])))
         self.decide()
 
     @precondition(lambda self: self.fetching)
     @rule(whole=st.booleans())
     def fetched(self, whole: bool) -> None:
         server = self.fetching.pop(0)
-        self.placement.fetched(server.number, server.fetching or A1, whole=whole)
+        self.placement.note_fetched(server.number, server.fetching or A1, whole=whole)
         self.decide()
 
     @rule(holder=st.sampled_from("xyz"))
     def die(self, holder: str) -> None:
-        self.placement.holder_died(holder, self.now)
+        self.placement.note_holder_died(holder, self.now)
         self.ended |= {lease for lease, ask in self.asked.items() if ask.holder == holder}
         self.decide()
 
@@ -530,33 +530,33 @@ class RandomEvents(RuleBasedStateMachine):
         number = data.draw(st.sampled_from(sorted(self.placement.servers)))
         match self.placement.servers[number].state:
             case State.PLACING:
-                self.placement.placed(number, self.now, f"node {number % 2}")
+                self.placement.note_placed(number, self.now, f"node {number % 2}")
             case State.CHANGING if fails:
-                self.ended |= {ask.lease for ask in self.placement.failed(number, self.now)}
+                self.ended |= {ask.lease for ask in self.placement.note_failed(number, self.now)}
             case State.CHANGING:
-                self.placement.served(number, self.now)
+                self.placement.note_served(number, self.now)
             case State.STOPPING:
-                self.placement.stopped(number, self.now)
+                self.placement.note_stopped(number, self.now)
         self.decide()
 
     @precondition(lambda self: self.placement.servers)
     @rule(data=st.data())
     def lose(self, data: st.DataObject) -> None:
         number = data.draw(st.sampled_from(sorted(self.placement.servers)))
-        self.placement.lost(number, self.placement.servers[number].incarnation - data.draw(st.integers(0, 1)))
+        self.placement.note_lost(number, self.placement.servers[number].incarnation - data.draw(st.integers(0, 1)))
         self.decide()
 
     @precondition(lambda self: self.placement.servers)
     @rule(data=st.data())
     def kill(self, data: st.DataObject) -> None:
         number = data.draw(st.sampled_from(sorted(self.placement.servers)))
-        self.ended |= {ask.lease for ask in self.placement.died(number)}
+        self.ended |= {ask.lease for ask in self.placement.note_died(number)}
         self.decide()
 
     @precondition(lambda self: self.placement.servers)
     @rule(data=st.data())
     def drain(self, data: st.DataObject) -> None:
-        self.placement.leaves(data.draw(st.sampled_from(sorted(self.placement.servers))), self.now)
+        self.placement.note_leaving(data.draw(st.sampled_from(sorted(self.placement.servers))), self.now)
         self.decide()
 
     @rule(seconds=st.floats(0, 60))

@@ -60,7 +60,7 @@ class Simulation:
         self.longest_wait = max([self.longest_wait, *waits])
         if self.placement.servers and self.chance.random() < 0.002:
             number = self.chance.choice(sorted(self.placement.servers))
-            for ask in self.placement.died(number):
+            for ask in self.placement.note_died(number):
                 self.gone(ask)
 
     def ask(self) -> None:
@@ -72,7 +72,7 @@ class Simulation:
             self.now,
         )
         self.asks[ask.lease] = ask
-        self.placement.asked(ask)
+        self.placement.add_ask(ask)
 
     def gone(self, ask: Ask) -> None:
         """The lease is over: its trial goes on to the next."""
@@ -82,20 +82,20 @@ class Simulation:
     def over(self, ask: Ask) -> None:
         if ask.lease in self.asks:
             if ask.exclusive and self.chance.random() < 0.05:
-                self.placement.holder_died(ask.holder, self.now)
+                self.placement.note_holder_died(ask.holder, self.now)
             else:
-                self.placement.ended(ask.lease, self.now)
+                self.placement.end_lease(ask.lease, self.now)
             self.gone(ask)
 
     def decide(self) -> None:
         for action in self.placement.decide(self.now):
             match action:
                 case Grow(number):
-                    self.at(self.chance.uniform(1, 200), lambda n=number: self.placement.placed(n, self.now))
+                    self.at(self.chance.uniform(1, 200), lambda n=number: self.placement.note_placed(n, self.now))
                 case Serve(number):
                     self.at(self.chance.choice([0.3, 30]), lambda n=number: self.come_up(n))
                 case Stop(number):
-                    self.at(0.5, lambda n=number: self.placement.stopped(n, self.now))
+                    self.at(0.5, lambda n=number: self.placement.note_stopped(n, self.now))
                 case Revoke(ask):
                     self.gone(ask)
                 case Grant(ask):
@@ -105,10 +105,10 @@ class Simulation:
 
     def come_up(self, number: int) -> None:
         if self.chance.random() < 0.03:
-            for ask in self.placement.failed(number, self.now):
+            for ask in self.placement.note_failed(number, self.now):
                 self.gone(ask)
         else:
-            self.placement.served(number, self.now)
+            self.placement.note_served(number, self.now)
 
 
 @pytest.mark.parametrize("adapters", [0, 2])
