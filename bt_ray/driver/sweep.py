@@ -27,7 +27,7 @@ from bt_ray.run_dir.storage import open_storage
 from bt_ray.settings.config import StrategySearch, SweepConfig, make_config
 from bt_ray.settings.toml import with_absolute_paths
 from bt_ray.strategy import BASELINE, parent, prefixes, start_order
-from bt_ray.task.fingerprint import digest
+from bt_ray.task.fingerprint import digest, find_places
 from bt_ray.task.task import TaskFunction, task_spec
 from bt_ray.tracking.mlflow_runs import mlflow_runs
 from bt_ray.winner.load import keep_best
@@ -193,9 +193,11 @@ class _Sweep:
         """What trials need to know, by variant."""
         from bt_ray.trial.setup import TrialSetup
 
-        variants = self.checked.variants.items()
+        variants, places = self.checked.variants.items(), find_places(self.config.task)
         return {
-            name: TrialSetup(checked.config, self.task, self.run_dir, checked.keys, pool, claims)
+            name: TrialSetup(
+                checked.config, self.task, self.run_dir, checked.keys, places, self.testset_digests[name], pool, claims
+            )
             for name, checked in variants
         }
 

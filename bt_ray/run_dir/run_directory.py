@@ -1,7 +1,7 @@
 """The run directory: where a sweep keeps everything, and whose it is."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bt_ray.errors import ConfigError, StorageError
@@ -71,6 +71,11 @@ def _changes(theirs: Mapping[str, Any], keys: Mapping[str, StepKey], affected: S
     for prefix in affected:
         parts |= _different(theirs[prefix]["parts"], keys[prefix].parts)
         named |= _different(theirs[prefix].get("reached", {}), keys[prefix].reached)
+    return describe_changes(parts, named)
+
+
+def describe_changes(parts: Iterable[str], named: Iterable[str]) -> str:
+    """Parts of steps, and in brackets what in them changed."""
     shown = sorted(named, key=lambda name: (name.startswith("value "), name))
     more = f" and {len(shown) - MOST_NAMED} more" if len(shown) > MOST_NAMED else ""
     brackets = f" ({', '.join(shown[:MOST_NAMED])}{more})" if shown else ""

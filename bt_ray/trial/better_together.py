@@ -27,6 +27,7 @@ from bt_ray.task.task import StepContext, Task, step_seed
 from bt_ray.task.teachers import stand_in_for
 from bt_ray.trial.evaluation import Evaluator, Limits, LostAnswers, Scores
 from bt_ray.trial.lm import STEP_SETTING, EmptyTrainingSet, ServedEngine, student_lm
+from bt_ray.trial.program_losses import LostInKeeping
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,9 @@ class Claim(Protocol):
 
 class Steps(Protocol):
     """Who keeps finished steps, and decides who computes one."""
+
+    def keep(self, program: dspy.Module) -> dspy.Module:
+        """`program` as it is rebuilt from what is kept of it. Raises `LostInKeeping` if it would be another."""
 
     def claim(self, prefix: str) -> AbstractContextManager[Claim]:
         """The step `prefix`, finished or to be computed and committed inside the context."""
@@ -194,6 +198,8 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
                 )
         except EmptyTrainingSet as error:
             raise _without_data(compile_args, trainset) from error
+        except LostInKeeping as error:
+            raise _not_kept(f"{type(optimizer).__name__} (optimizer {key!r})", error) from error
         except Exception:
             self._latch.check()
             raise
@@ -213,7 +219,10 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
 
         def baseline() -> StepOutcome:
             started = time.time()
-            score = evaluate()
+            try:
+                score = evaluate()
+            except LostInKeeping as error:
+                raise _not_kept("The task", error) from error
             return self._outcome(BASELINE, program, score, started)
 
         return self._kept(BASELINE, baseline).score if self._running == BASELINE else evaluate()
@@ -228,9 +237,10 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
     ) -> float | None:
         drop_traced_forward(program)
         self._scores = Scores()
+        kept = self._steps.keep(program)
         if not valset:
             return None
-        self._scores = self._evaluator.scores(program, valset, Limits(num_threads, max_errors, provide_traceback))
+        self._scores = self._evaluator.scores(kept, valset, Limits(num_threads, max_errors, provide_traceback))
         return self._scores.percent
 
     def _outcome(self, prefix: str, program: dspy.Module, score: float | None, started: float) -> StepOutcome:
@@ -269,6 +279,14 @@ def drop_traced_forward(program: dspy.Module) -> None:
     forward = program.__dict__.get("forward")
     if isinstance(forward, MethodType) and forward.__func__ is getattr(type(program), "forward", None):
         del program.__dict__["forward"]
+
+
+def _not_kept(who: str, error: LostInKeeping) -> TaskError:
+    return TaskError(
+        f"{who} made a program that would not be kept as it is. What would be lost: {error.shown}. JSON holds instructions, "
+        "what fields are called and described as, demos, `config` and how LMs sample; all else comes from the task. So the "
+        "program that was scored would not be the one that is kept. Let build() make what would be lost, or leave it out."
+    )
 
 
 def _without_data(compile_args: dict[str, Any], trainset: Sequence[dspy.Example]) -> TaskError:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 
-from bt_ray.errors import InfrastructureError, InfrastructureFailure
+from bt_ray.errors import InfrastructureError, InfrastructureFailure, TaskError
 from bt_ray.layout import TRIAL_LOG
 from bt_ray.trial.setup import TrialSetup, dspy_settings, log_file, student, work_folder
 from bt_ray.weights import Weights
@@ -34,7 +34,7 @@ class SavedProgram:
     """A program as another process rebuilds it.
 
     Attributes:
-        state: As `bt_ray.trial.steps.program_state` makes it.
+        state: As `bt_ray.trial.program_state.program_state` makes it.
         weights: The id of the weights that each predictor with a served LM uses, by the predictor's name.
         api_models: The model of each other predictor's LM.
         known: These weights, by id.
@@ -46,13 +46,13 @@ class SavedProgram:
     known: Mapping[str, Weights]
 
     @classmethod
-    def of(cls, program: "dspy.Module", known: Mapping[str, Weights]) -> "SavedProgram":
+    def of(cls, program: "dspy.Module", task_program: "dspy.Module", known: Mapping[str, Weights]) -> "SavedProgram":
         from bt_ray.trial.program_lms import api_models_of, weights_of
-        from bt_ray.trial.steps import program_state
+        from bt_ray.trial.program_state import program_state
 
         weights = weights_of(program)
         used = {weights_id: known[weights_id] for weights_id in weights.values()}
-        return cls(program_state(program), weights, api_models_of(program), used)
+        return cls(program_state(program, task_program), weights, api_models_of(program), used)
 
     def rebuilt(self, task_program: "dspy.Module", models: "ServedModels") -> "dspy.Module":
         """The program, from the one that the task gives."""
@@ -79,10 +79,20 @@ class EvaluatingProcess:
         here = self._opened.enter_context(work_folder(setup.store.storage, folder))
         self._opened.enter_context(log_file(here / TRIAL_LOG))
         threads = setup.config.num_threads
-        task, self._models, self._hosted = self._opened.enter_context(student(setup, holder, threads))
+        self._refused: TaskError | None = None
+        try:
+            task, self._models, self._hosted = self._opened.enter_context(student(setup, holder, threads))
+        except TaskError as error:  # an actor whose `__init__` raises would count as lost
+            self._refused = error
+            return
         self._program = task.program
         self._evaluator = LocalEvaluator(task.metric, self._models.engine.latch)
         self._evaluations = 0
+
+    def check(self) -> None:
+        """Raises `TaskError` if the task cannot be loaded, or is not the one that the driver made the keys of."""
+        if self._refused is not None:
+            raise self._refused
 
     def scores(
         self, saved: SavedProgram, examples: "Sequence[dspy.Example]", limits: "Limits", urgency: int
@@ -177,6 +187,7 @@ class SpreadEvaluator:
         self._program = program.deepcopy()
         self._name, self._folder = name, folder
         self._others: list[Any] = []
+        self._checked = False
         self._start()
 
     def scores(self, program: "dspy.Module", examples: "Sequence[dspy.Example]", limits: "Limits") -> "Scores":
@@ -187,9 +198,10 @@ class SpreadEvaluator:
         parts = spread(examples, 1 + len(self._others))
         threads = shares(limits.num_threads or self._setup.config.num_threads, len(parts))
         bounds = [replace(limits, num_threads=share) for share in threads]
-        saved = SavedProgram.of(program, self._hosted.weights)
+        saved = SavedProgram.of(program, self._program, self._hosted.weights)
         own = saved.rebuilt(self._program, self._models)  # what is not in the state would be evaluated here alone
         try:
+            self._check()
             asked = [
                 other.scores.remote(saved, part, bound, self._hosted.urgency)
                 for other, part, bound in zip(self._others, parts[1:], bounds[1:], strict=False)
@@ -223,10 +235,17 @@ class SpreadEvaluator:
                 for number in range(2, trial.processes + 1)
             ]
 
+    def _check(self) -> None:
+        """Wait for the others to have the task, before the first request is paid for."""
+        if not self._checked:
+            for other in self._others:
+                _answer(other.check.remote())
+            self._checked = True
+
     def _end(self) -> None:
         for other in self._others:
             ray.kill(other)
-        self._others = []
+        self._others, self._checked = [], False
 
 
 def _answer(promise: Any) -> Any:

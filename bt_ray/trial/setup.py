@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ class TrialSetup:
         task: The task's spec as a worker resolves it, or its function.
         run_dir: The location of the sweep's run directory.
         keys: The key of each step, by prefix.
+        places: What says where the driver found the task, as `bt_ray.task.fingerprint.find_places` gives it.
+        testset: A digest of the testset; `""` without one.
         pool: The sweep's server pool; None if all LMs are APIs'.
         claims: Its step claims.
     """
@@ -40,6 +42,8 @@ class TrialSetup:
     task: "str | TaskFunction"
     run_dir: str
     keys: Mapping[str, StepKey]
+    places: Mapping[str, str]
+    testset: str
     pool: "ActorHandle[Any] | None"
     claims: "ActorHandle[Any]"
 
@@ -49,8 +53,18 @@ class TrialSetup:
 
 
 @contextmanager
-def student(setup: TrialSetup, holder: str, threads: int) -> Iterator[tuple[Any, Any, Any]]:
-    """The task with LMs, who makes them, and who hosts the models; gives all leases back at the end."""
+def student(setup: TrialSetup, holder: str, threads: int, prefixes: Iterable[str] = ()) -> Iterator[tuple[Any, Any, Any]]:
+    """The task with LMs, who makes them, and who hosts the models; gives all leases back at the end.
+
+    Args:
+        setup: What the trial knows.
+        holder: Its name, for the pool.
+        threads: Requests at a time.
+        prefixes: The steps that it computes, besides the baseline.
+
+    Raises:
+        TaskError: The task is not the one that the driver made the keys of.
+    """
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # LiteLLM fetches a price list otherwise
 
     import dspy
@@ -62,6 +76,7 @@ def student(setup: TrialSetup, holder: str, threads: int) -> Iterator[tuple[Any,
     from bt_ray.trial.lm import ServedEngine
     from bt_ray.trial.one_core import one_core
     from bt_ray.trial.program_lms import ServedModels, serving
+    from bt_ray.trial.task_check import refuse_other_task
 
     config = setup.config
     none = NoModels("This sweep serves no model.")
@@ -78,6 +93,7 @@ def student(setup: TrialSetup, holder: str, threads: int) -> Iterator[tuple[Any,
         with one_core(), serving(models):
             task = load_task(setup.task, config.args)
             models.assign_student(task.program)
+            refuse_other_task(task, setup.task, config, models.student, setup.keys, prefixes, setup.places)
             _ = dspy.cache  # opened by its first reader: else by a request, while a server waits
             yield task, models, hosted
     finally:

@@ -3,14 +3,11 @@
 Each step starts from what is on the store: a finished step's program is rebuilt from its saved state, whoever computed it.
 """
 
-import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import dspy
 
@@ -23,6 +20,8 @@ from bt_ray.trial.better_together import StepOutcome
 from bt_ray.trial.failures import Side, side_of
 from bt_ray.trial.lm import Usage
 from bt_ray.trial.program_lms import ServedModels, api_models_of, assign_versions, weights_of
+from bt_ray.trial.program_losses import refuse_losses
+from bt_ray.trial.program_state import load_state, program_state
 from bt_ray.weights import Weights
 
 VISIBLE_S = 60.0
@@ -115,6 +114,18 @@ class KeptSteps:
             self._abandon(key, fence)
             raise
 
+    def keep(self, program: dspy.Module) -> dspy.Module:
+        """`program` as it is rebuilt from what is kept of it.
+
+        Raises:
+            LostInKeeping: It would be another program.
+        """
+        state = program_state(program, self._program)
+        weights, api_models = weights_of(program), api_models_of(program)
+        kept = rebuilt(self._program, state, weights, api_models, self._models, self._store.read_weights)
+        refuse_losses(program, kept)
+        return kept
+
     def commit(self, key: StepKey, fence: int, outcome: StepOutcome, usage: Usage) -> FinishedStep:
         attempt = attempt_name(fence)
         step = FinishedStep(
@@ -127,7 +138,7 @@ class KeptSteps:
             seconds=outcome.seconds,
             weights=weights_of(outcome.program),
             api_models=api_models_of(outcome.program),
-            program=self._store.write_program(key.key, attempt, program_state(outcome.program)),
+            program=self._store.write_program(key.key, attempt, program_state(outcome.program, self._program)),
             requests=usage.requests,
             versions=installed_versions(),
             prompt_tokens=usage.prompt_tokens,
@@ -203,17 +214,6 @@ def installed_versions() -> dict[str, str]:
     return {name: found for name, found in versions(VERSIONED).items() if found}
 
 
-def program_state(program: dspy.Module) -> bytes:
-    """DSPy's JSON file of `program`, with no LM in it."""
-    copied = program.deepcopy()
-    for predictor in copied.predictors():
-        predictor.lm = None
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "program.json"
-        copied.save(str(file))
-        return file.read_bytes()
-
-
 def rebuilt(
     task_program: dspy.Module,
     state: bytes,
@@ -227,13 +227,3 @@ def rebuilt(
     assign_versions(program, weights, api_models, models, find)
     load_state(program, state)
     return program
-
-
-def load_state(program: dspy.Module, state: bytes) -> None:
-    """Give `program` the state that `program_state` made. Its predictors keep the LMs that they have."""
-    values: dict[str, Any] = json.loads(state)
-    values.pop("metadata", None)
-    lms = [predictor.lm for predictor in program.predictors()]
-    program.load_state(values)
-    for predictor, lm in zip(program.predictors(), lms, strict=True):
-        predictor.lm = lm

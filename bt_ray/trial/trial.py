@@ -22,7 +22,7 @@ from bt_ray.layout import SCRATCH, TRIAL_FAILURE, TRIAL_LOG, TRIALS
 from bt_ray.pool.metrics import TrialMetrics
 from bt_ray.run_dir.results import Candidate, StepFailure, failure_of
 from bt_ray.run_dir.step_store import FinishedStep
-from bt_ray.strategy import BASELINE, SEPARATOR, steps_to_come
+from bt_ray.strategy import BASELINE, SEPARATOR, prefixes, steps_to_come
 from bt_ray.tracking.mlflow_runs import traced
 from bt_ray.trial.failures import Side, side_of
 from bt_ray.trial.parallel_evaluation import opened_evaluator
@@ -68,7 +68,7 @@ def _walk(strategy: str, setup: TrialSetup, folder: str, work_folder: Path, repo
 
     config, name, to_come = setup.config, f"trial {strategy}", steps_to_come(setup.keys)
     with (
-        student(setup, name, config.num_threads) as (task, models, hosted),
+        student(setup, name, config.num_threads, prefixes(strategy)) as (task, models, hosted),
         opened_evaluator(setup, task, models, hosted, name=name, folder=folder) as evaluator,
     ):
 
@@ -171,7 +171,8 @@ def _evaluate_on_testset(setup: TrialSetup, best: Candidate) -> Tested:
 
     from bt_ray.trial.evaluation import Limits
     from bt_ray.trial.program_lms import assign_versions
-    from bt_ray.trial.steps import load_state
+    from bt_ray.trial.program_state import load_state
+    from bt_ray.trial.task_check import refuse_other_testset
 
     config, name = setup.config, f"test of {best.prefix or 'baseline'}"
     folder = f"{TRIALS}/test-{setup.keys[best.prefix].key[:12]}"
@@ -181,9 +182,10 @@ def _evaluate_on_testset(setup: TrialSetup, best: Candidate) -> Tested:
         student(setup, name, config.num_threads) as (task, models, hosted),
         opened_evaluator(setup, task, models, hosted, name=name, folder=folder) as evaluator,
     ):
+        testset = list(task.testset or ())
+        refuse_other_testset(setup.task, testset, setup.testset)
         assign_versions(task.program, best.weights, best.api_models, models, setup.store.read_weights)
         load_state(task.program, setup.store.read_program(best.program))
-        testset = list(task.testset or ())
         limits, latch = Limits(config.num_threads, max_errors=len(testset) + 1), models.engine.latch
 
         def attempt() -> Tested:

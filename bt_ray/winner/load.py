@@ -23,7 +23,8 @@ from bt_ray.settings.config import SweepConfig, make_config
 from bt_ray.task.task import TaskFunction, load_task
 from bt_ray.trial.lm import ServedEngine
 from bt_ray.trial.program_lms import ServedModels, assign_versions, serving
-from bt_ray.trial.steps import installed_versions, load_state
+from bt_ray.trial.program_state import load_state
+from bt_ray.trial.steps import installed_versions
 from bt_ray.weights import Weights
 from bt_ray.winner.local_models import LocalModels
 from bt_ray.winner.remote_models import RemoteModels

@@ -6,6 +6,17 @@ object is made of, `functions` and `code` what code is and mentions; `graph` mak
 makes those of steps.
 """
 
-from bt_ray.task.fingerprint.keys import digest, step_keys, versions
+from bt_ray.task.fingerprint.keys import digest, find_differences, find_places, step_keys, versions
+from bt_ray.task.fingerprint.secrets import is_of_a_client
+from bt_ray.task.fingerprint.values import OWN_KEY, is_users_object
 
-__all__ = ["digest", "step_keys", "versions"]
+__all__ = [
+    "OWN_KEY",
+    "digest",
+    "find_differences",
+    "find_places",
+    "is_of_a_client",
+    "is_users_object",
+    "step_keys",
+    "versions",
+]

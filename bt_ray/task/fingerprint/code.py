@@ -24,7 +24,8 @@ from bt_ray.task.fingerprint.graph import text_hash
 
 CONSTANTS = frozenset(dis.hasconst)
 EXTENDED, IMPORT, STORE_NAME = (dis.opmap[name] for name in ("EXTENDED_ARG", "IMPORT_NAME", "STORE_NAME"))
-LOAD_GLOBAL, LOAD_NAME = dis.opmap["LOAD_GLOBAL"], dis.opmap["LOAD_NAME"]
+LOAD_GLOBAL = dis.opmap["LOAD_GLOBAL"]
+LOAD_NAMES = {dis.opmap[name] for name in ("LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS") if name in dis.opmap}
 NOT_SEEN_THROUGH = {
     "__import__",
     "eval",
@@ -107,7 +108,7 @@ def _read_code(code: CodeType) -> Code:
             imports.append(Import(code.co_names[argument], level or 0, tuple(names or ())))
         elif operation == LOAD_GLOBAL:
             variables.add(code.co_names[argument >> 1])
-        elif operation == LOAD_NAME:
+        elif operation in LOAD_NAMES:
             variables.add(code.co_names[argument])
         told.append(f"{operation},{shown}")
         argument = 0

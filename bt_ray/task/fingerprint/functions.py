@@ -91,7 +91,8 @@ def expand_function(function: FunctionType, mode: Mode) -> Node:
     label = f"function {function.__qualname__} {read.digest} {counted}"
     mentioned, named = mentions(read, function.__globals__, code.co_filename)
     annotations = function.__annotations__
-    texts = " ".join(text for text in annotations.values() if isinstance(text, str))
+    travels = function.__module__ == "__main__"  # and what only such a text mentions does not
+    texts = " ".join(text for text in annotations.values() if isinstance(text, str) and not travels)
     children = [
         Ref(function.__defaults__),
         pairs({name: Ref(value) for name, value in (function.__kwdefaults__ or {}).items()}),
@@ -137,7 +138,7 @@ def mentions(read: Code, variables: Mapping[str, Any], file: str) -> tuple[list[
     children: list[Any] = []
     named: dict[str, Any] = {}
     values = {}
-    for name, value in _values(read.names, variables, set()):
+    for name, value in _values(read.variables, read.names, variables, set()):
         values[name] = Ref(value)
         if not callable(value) and not isinstance(value, ModuleType):
             named[f"value {name} in {shown}"] = Ref(value)
@@ -151,10 +152,18 @@ def mentions(read: Code, variables: Mapping[str, Any], file: str) -> tuple[list[
     return children, named
 
 
-def _values(names: Iterable[str], variables: Mapping[str, Any], seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """The values that code with these names takes from a module's variables, and from modules of the user's among them."""
-    known = set(names)
-    for name in sorted(known & variables.keys() - OF_A_MODULE):
+def _values(
+    taken: frozenset[str], names: frozenset[str], variables: Mapping[str, Any], seen: set[int]
+) -> Iterator[tuple[str, Any]]:
+    """The values that code takes from its module's variables, and from modules of the user's among them.
+
+    Args:
+        taken: The variables that it takes. Others are not looked at: they do not travel with a function that is sent.
+        names: All names in it.
+        variables: The module's.
+        seen: The ids of the modules that were looked at.
+    """
+    for name in sorted((taken & variables.keys()) - OF_A_MODULE):
         value = variables[name]
         if not isinstance(value, ModuleType) or not is_users_module(value):
             if not is_secret(name, value):
@@ -163,9 +172,9 @@ def _values(names: Iterable[str], variables: Mapping[str, Any], seen: set[int]) 
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if known & READS_MODULES:
+        if names & READS_MODULES:
             yield name, value
-        for inner, item in _values(known, vars(value), seen):
+        for inner, item in _values(names, names, vars(value), seen):
             yield f"{name}.{inner}", item
 
 

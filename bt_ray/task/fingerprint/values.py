@@ -108,6 +108,12 @@ def is_installed_value(kind: type) -> bool:
     return kinds.is_installed_class(kind) if kind.__module__ != "builtins" else True
 
 
+def is_users_object(value: Any) -> bool:
+    """Whether a value is of a class of the user's or of DSPy's, and does not say itself what it is to a key."""
+    kind = type(value)
+    return (not is_installed_value(kind) or kinds.of_a_library(kind)) and _own_key(value) is None
+
+
 def _read_installed_object(value: Any, mode: Mode) -> Node:
     if hasattr(type(value), "__array__"):
         return _array(value)

@@ -1,0 +1,76 @@
+"""What counts as another task than the driver's, and how it is told."""
+
+from collections.abc import Mapping
+from itertools import count
+
+import dspy
+import pytest
+from support.planned import BUILD, HEAD, METRIC, PROGRAM, alone
+
+from bt_ray.driver.check import check_sweep
+from bt_ray.errors import TaskError
+from bt_ray.settings.config import make_config
+from bt_ray.task.fingerprint import find_places, keys
+from bt_ray.task.task import load_task
+from bt_ray.trial.task_check import refuse_other_task, refuse_other_testset
+
+TASK = HEAD + PROGRAM + METRIC + BUILD
+
+
+def check(theirs: str, ours: str, *prefixes: str, driver: Mapping[str, object] | None = None) -> None:
+    """Check the task `ours` in one folder against the driver's in another, which has DSPy's settings `driver`."""
+    with alone() as folder, alone() as other:
+        for place, text in ((folder, theirs), (other, ours)):
+            (place / "task.py").write_text(text)
+        config = make_config({"task": f"{folder}/task.py:build", "strategies": ["p", "w"]})
+        with dspy.context(**(driver or {})):
+            expected = check_sweep(config, None).first.keys
+        source = f"{other}/task.py:build"
+        refuse_other_task(load_task(source, {}), source, config, None, expected, prefixes, find_places(config.task))
+
+
+def refused(theirs: str, ours: str, *prefixes: str, driver: Mapping[str, object] | None = None) -> str:
+    with pytest.raises(TaskError) as caught:
+        check(theirs, ours, *prefixes, driver=driver)
+    return str(caught.value)
+
+
+def test_the_same_task_elsewhere_with_other_comments_passes() -> None:
+    check(TASK, TASK.replace("def metric", "# What counts.\ndef metric"), "p", "w")
+
+
+def test_what_differs_is_told_by_its_name() -> None:
+    said = refused(TASK, TASK.replace("== prediction", "!= prediction"))
+    assert "What differs: metric (function metric in task.py)" in said
+    assert "finished steps that the change does not concern are kept" in said
+    assert "trainset" in refused(TASK, TASK.replace("range(20)", "range(21)"))
+
+
+def test_what_no_step_of_the_process_depends_on_may_differ() -> None:
+    edited = TASK.replace("num_candidate_programs=2", "num_candidate_programs=3")
+    check(TASK, edited)
+    check(TASK, edited, "w")
+    assert "optimizer p" in refused(TASK, edited, "p")
+
+
+def test_settings_of_dspy_that_the_driver_alone_has_are_told() -> None:
+    said = refused(TASK, TASK, driver={"adapter": dspy.JSONAdapter()})
+    assert "settings of DSPy (" in said
+    assert "setting dspy.settings.adapter" in said
+    assert "dspy.configure outside of the task's file" in said
+
+
+@pytest.mark.parametrize(("package", "said"), [("vllm", ""), ("trl", ""), ("dspy", "versions (package dspy)")])
+def test_what_servers_run_need_not_be_where_a_trial_is(package: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed, asked = keys.distribution_version, count()
+    monkeypatch.setattr(keys, "distribution_version", lambda name: f"{next(asked)}" if name == package else installed(name))
+    if said:
+        assert said in refused(TASK, TASK, "p", "w")
+    else:
+        check(TASK, TASK, "p", "w")
+
+
+def test_a_testset_is_told() -> None:
+    with pytest.raises(TaskError, match="What differs: testset"):
+        refuse_other_testset("task.py:build", [dspy.Example(a=1)], keys.digest([dspy.Example(a=2)]))
+    refuse_other_testset("task.py:build", [dspy.Example(a=1)], keys.digest([dspy.Example(a=1)]))
