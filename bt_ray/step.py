@@ -20,6 +20,8 @@ class StepKey:
         reached: A hash for each function, class, value, file, package and setting in the parts that its parent does not
             have just so, by what a user calls it.
         kind: `KIND` of the version that made it; 1 where a version wrote none.
+        valset: A hash of the examples that its program is scored on; `""` without validation, or where a version wrote none.
+            No part of the key, whose parts have it.
     """
 
     prefix: str
@@ -29,6 +31,7 @@ class StepKey:
     trains: bool
     reached: dict[str, str] = field(default_factory=dict)
     kind: int = 1
+    valset: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

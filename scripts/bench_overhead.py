@@ -32,8 +32,8 @@ from bt_ray.pool.server_pool import ServerPool, ServerSettings  # noqa: E402
 from bt_ray.run_dir.step_store import FinishedStep, StepStore, attempt_name  # noqa: E402
 from bt_ray.run_dir.storage import open_storage  # noqa: E402
 from bt_ray.settings.config import ServerConfig  # noqa: E402
+from bt_ray.slot.base_models import base_weights  # noqa: E402
 from bt_ray.trial.claims_actor import RemoteClaims, StepClaims  # noqa: E402
-from bt_ray.weights import base_weights  # noqa: E402
 
 PARTS = ("claim", "lease", "write", "commit", "read back", "in all")
 

@@ -26,8 +26,9 @@ import httpx
 from bt_ray.models import Endpoint
 from bt_ray.run_dir.storage import open_storage
 from bt_ray.settings.config import ServerConfig, TrainConfig
+from bt_ray.slot.base_models import base_weights
 from bt_ray.slot.slot import Slot
-from bt_ray.weights import Weights, base_weights
+from bt_ray.weights import Weights
 
 LABELS = ("amber", "cobalt", "jade")
 IN_FLIGHT, ANSWER_TOKENS = 32, 24

@@ -25,6 +25,7 @@ os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # Ray's 15 lets a worker wait for minutes while another test's vLLM computes
     "HF_HUB_OFFLINE": "1",
+    "HF_HUB_CACHE": f"{_scratch.name}/hub",
     MARK: uuid.uuid4().hex,  # every process that a test starts, however indirectly, carries it
 }
 for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
@@ -33,6 +34,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 pytest.register_assert_rewrite("support.both_sides")
 
 from support.forked_workers import forked_workers  # noqa: E402 - the environment comes first
+from support.hub_copy import write_ref  # noqa: E402
 from support.object_store import ObjectStore, object_store  # noqa: E402
 from support.scripted_model import write_model  # noqa: E402
 from support.slot_host import Host  # noqa: E402
@@ -42,6 +44,8 @@ from bt_ray.run_dir.storage import Directory, Storage, open_storage  # noqa: E40
 from bt_ray.settings.config import make_config  # noqa: E402
 from bt_ray.trial.lm import ServedLM  # noqa: E402
 
+for of_the_pages in ("org/model", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-32B"):
+    write_ref(of_the_pages)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would what they start
 
 

@@ -30,6 +30,7 @@ from bt_ray.strategy import BASELINE, parent, prefixes, start_order
 from bt_ray.task.fingerprint import digest, find_places
 from bt_ray.task.task import TaskFunction, task_spec
 from bt_ray.tracking.mlflow_runs import mlflow_runs
+from bt_ray.weights import find_hub_models
 from bt_ray.winner.load import keep_best
 
 if TYPE_CHECKING:
@@ -194,9 +195,18 @@ class _Sweep:
         from bt_ray.trial.setup import TrialSetup
 
         variants, places = self.checked.variants.items(), find_places(self.config.task)
+        of_the_hub = find_hub_models(self.checked.bases.values())
         return {
             name: TrialSetup(
-                checked.config, self.task, self.run_dir, checked.keys, places, self.testset_digests[name], pool, claims
+                checked.config,
+                self.task,
+                self.run_dir,
+                checked.keys,
+                places,
+                self.testset_digests[name],
+                pool,
+                claims,
+                of_the_hub,
             )
             for name, checked in variants
         }
@@ -234,7 +244,8 @@ class _Sweep:
         for trial in self.trials if self.search is None else self.searched(finished[""]):
             found, values = finished[trial.variant], self.checked.variants[trial.variant].values
             steps = list(takewhile(bool, (found.get(prefix) for prefix in [BASELINE, *prefixes(trial.strategy)])))
-            candidates = tuple(step.candidate(trial.strategy, trial.variant) for step in steps if step)
+            valset = self.checked.variants[trial.variant].keys[BASELINE].valset
+            candidates = tuple(step.candidate(trial.strategy, trial.variant, valset) for step in steps if step)
             failure = None if trial.strategy in found else self.failure(trial, errors.get(trial))
             message, traceback = (failure.message, failure.traceback) if failure else (None, None)
             results.append(TrialResult(trial.strategy, candidates, message, traceback, values))
@@ -272,8 +283,10 @@ class _Sweep:
         known = {file: self.store.storage.read_json(file) for file in self.to_test(result)}
 
         def tested(candidate: Candidate) -> Candidate:
-            scores = known.get(self.test_file(candidate))
-            return replace(candidate, test_score=scores[0], test_example_scores=tuple(scores[1])) if scores else candidate
+            scores, testset = known.get(self.test_file(candidate)), self.testset_digests[candidate.variant]
+            if not scores:
+                return candidate
+            return replace(candidate, test_score=scores[0], test_example_scores=tuple(scores[1]), testset=testset)
 
         trials = [replace(trial, candidates=tuple(map(tested, trial.candidates))) for trial in result.trials]
         return replace(result, trials=tuple(trials))

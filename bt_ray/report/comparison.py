@@ -1,6 +1,6 @@
 """How sure a difference between programs is: intervals of their scores, and tests of the winner against the others.
 
-All programs answered the same examples, so they are compared example by example. The test flips the signs of the
+Programs that answered the same examples are compared, example by example; others are not. The test flips the signs of the
 differences at random (E. J. G. Pitman, Significance tests which may be applied to samples from any populations, 1937):
 were two programs equally good, each difference would as likely have the other sign.
 """
@@ -137,16 +137,30 @@ class Verdict:
         examples: How many.
         winner: The winner.
         others: The other programs, the best first, each with how the winner compares.
+        incomparable: How many more there are, which answered other examples.
     """
 
     on_testset: bool
     examples: int
     winner: Candidate
     others: tuple[tuple[Candidate, Compared], ...]
+    incomparable: int = 0
 
     @property
     def sentence(self) -> str:
-        """Whether the winner can be told from the runner-up."""
+        """Whether the winner can be told from the runner-up, and from how many programs nobody can tell."""
+        return " ".join(filter(None, (self._of_the_runner_up, self._of_the_incomparable)))
+
+    @property
+    def _of_the_incomparable(self) -> str:
+        if not self.incomparable:
+            return ""
+        programs = "1 other program, which was" if self.incomparable == 1 else f"{self.incomparable} others, which were"
+        how = "tested" if self.on_testset else "validated"
+        return f"The winner cannot be compared with {programs} {how} on other examples."
+
+    @property
+    def _of_the_runner_up(self) -> str:
         where = f"{self.examples} {'test' if self.on_testset else 'validation'} examples"
         if not self.others:
             return ""
@@ -169,18 +183,22 @@ def verdict(result: SweepResult) -> Verdict | None:
     if (winner := result.best) is None:
         return None
     programs = {candidate.program: candidate for trial in result.trials if (candidate := trial.best) is not None}
-    others = [candidate for program, candidate in programs.items() if program != winner.program]
     on_testset = bool(winner.test_example_scores)
 
     def scores(candidate: Candidate) -> tuple[float, ...]:
         return candidate.test_example_scores if on_testset else candidate.example_scores
 
+    def is_comparable(candidate: Candidate) -> bool:
+        ours, theirs = (winner.testset, candidate.testset) if on_testset else (winner.valset, candidate.valset)
+        return ours == theirs and len(scores(candidate)) == len(scores(winner))
+
     mine = scores(winner)
-    others = [other for other in others if len(scores(other)) == len(mine)]
-    if not others or not mine:
+    scored = [other for program, other in programs.items() if program != winner.program and scores(other)]
+    others = sorted(filter(is_comparable, scored), key=lambda other: other.rank_key)
+    if not scored or not mine:
         return None
     candidates = len({candidate.program for candidate in result.candidates})
     picked_from = None if on_testset else candidates
     against = compared(mine, {other.program: scores(other) for other in others}, picked_from=picked_from)
-    ranked = sorted(others, key=lambda other: other.rank_key)
-    return Verdict(on_testset, len(mine), winner, tuple((other, against[other.program]) for other in ranked))
+    pairs = tuple((other, against[other.program]) for other in others)
+    return Verdict(on_testset, len(mine), winner, pairs, len(scored) - len(others))

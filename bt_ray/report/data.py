@@ -15,7 +15,7 @@ from bt_ray.run_dir.status_file import SweepState
 from bt_ray.run_dir.step_store import FinishedStep, StepStore
 from bt_ray.run_dir.storage import Storage
 from bt_ray.step import StepKey
-from bt_ray.strategy import SEPARATOR, prefixes
+from bt_ray.strategy import SEPARATOR, prefixes, step_label
 from bt_ray.weights import MANIFEST
 
 STATES = {"placing": "waiting", "idle": "idle", "training": "training", "lost": "down", "failed": "down", "dead": "down"}
@@ -99,6 +99,7 @@ class Node:
         trainings: Of the weights that its predictors use and its parent's did not.
         spread: The interval of its score.
         valset: The file of the examples that it was evaluated on, `""` if unknown; a sweep may not have kept them.
+        examples: A hash of those examples, `""` if unknown.
     """
 
     label: str
@@ -112,6 +113,7 @@ class Node:
     trainings: tuple[Training, ...] = ()
     spread: Interval | None = None
     valset: str = ""
+    examples: str = ""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class Report:
         seconds: That it took.
         verdict: Whether the best program can be told from the others; None if there is nothing to compare it with.
         result: None while it has none.
+        ranked_by: How many different valsets its programs were ranked by.
     """
 
     location: str
@@ -154,6 +157,7 @@ class Report:
     seconds: float
     verdict: Verdict | None
     result: SweepResult | None
+    ranked_by: int = 1
 
     @property
     def total(self) -> Cost:
@@ -205,14 +209,15 @@ def read_report(storage: Storage, gpu_hour_price: float | None = None) -> Report
             tuple(trained[weights_id] for weights_id in sorted(new) if weights_id in trained),
             interval(step.example_scores),
             files.get(key.key, ""),
+            key.valset,
         )
     until = state.ended or state.at
     segments = tuple(_segments(storage, state.started, until))
-    trials = result.trials if result is not None else _running_trials(state, finished)
+    trials = result.trials if result is not None else _running_trials(state, keys, finished)
     seconds = until - state.started if result is None else result.seconds
     shown = SweepResult(storage.location, trials, seconds)
-    best = verdict(result or shown)
-    return Report(storage.location, config, nodes, valsets, trials, segments, state, seconds, best, result)
+    best, ranked_by = verdict(result or shown), (result or shown).valsets
+    return Report(storage.location, config, nodes, valsets, trials, segments, state, seconds, best, result, ranked_by)
 
 
 def _state(storage: Storage, finished: Mapping[str, FinishedStep], result: SweepResult | None) -> SweepState:
@@ -238,13 +243,15 @@ def _example_files(keys: Iterable[StepKey]) -> dict[str, str]:
     return files
 
 
-def _running_trials(state: SweepState, finished: Mapping[str, FinishedStep]) -> tuple[TrialResult, ...]:
+def _running_trials(
+    state: SweepState, keys: Mapping[str, StepKey], finished: Mapping[str, FinishedStep]
+) -> tuple[TrialResult, ...]:
     """The trials of a sweep that has no result yet, as far as their steps are finished."""
     trials = []
     for trial in state.trials:
-        ending = f" [{trial.variant}]" if trial.variant else ""
-        steps = [finished.get(f"{prefix}{ending}".strip()) for prefix in ["", *prefixes(trial.strategy)]]
-        candidates = tuple(step.candidate(trial.strategy, trial.variant) for step in steps if step is not None)
+        labels = [step_label(prefix, trial.variant) for prefix in ["", *prefixes(trial.strategy)]]
+        steps = [(finished[label], keys[label].valset) for label in labels if label in finished]
+        candidates = tuple(step.candidate(trial.strategy, trial.variant, valset) for step, valset in steps)
         trials.append(TrialResult(trial.strategy, candidates, trial.error or None))
     return tuple(trials)
 

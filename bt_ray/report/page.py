@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 from bt_ray.report import figures
 from bt_ray.report.data import Cost, Node, Predictor, Report
 from bt_ray.report.state import headline
-from bt_ray.report.table import errors_in_words, percent, trial_label
+from bt_ray.report.table import errors_in_words, mixed_valsets, percent, trial_label
 from bt_ray.run_dir.examples import KeptExample
 from bt_ray.run_dir.results import Candidate
 from bt_ray.strategy import variant_name
@@ -46,6 +46,7 @@ def report_page(report: Report) -> str:
         headline=headline(report.state, time.time()) if report.result is None else "",
         rows=[_row(report, trial) for trial in report.trials],
         ranked=ranked,
+        mixed=mixed_valsets(report.ranked_by) if report.ranked_by > 1 else "",
         parents=report.nodes,
         prompts={node.key: _prompts(node, report.nodes.get(node.parent)) for node in ranked},
         scored=scored,
@@ -64,17 +65,18 @@ def ranked_nodes(report: Report) -> list[Node]:
 
 def _examples(report: Report, scored: Sequence[Node]) -> dict[str, Any]:
     """What tells where programs differ: their scores of each example, and the examples, each valset once."""
-    valsets: list[tuple[KeptExample, ...]] = []
-    for kept in report.valsets.values():
-        if kept not in valsets:
-            valsets.append(kept)
+    valsets: dict[str, tuple[KeptExample, ...]] = {}
+    found: dict[str, int] = {}
+    for node in scored:
+        kept = report.valsets.get(node.valset, ())
+        if which := node.examples or (repr(kept) if kept else ""):
+            valsets[which] = valsets.get(which) or kept
+            found[node.key] = list(valsets).index(which)
     return {
         "scores": {node.key: node.step.example_scores for node in scored if node.step is not None},
         "labels": {node.key: node.label for node in scored},
-        "valsets": [[asdict(example) for example in kept] for kept in valsets],
-        "valsetOf": {
-            node.key: valsets.index(report.valsets[node.valset]) for node in scored if node.valset in report.valsets
-        },
+        "valsets": [[asdict(example) for example in kept] for kept in valsets.values()],
+        "valsetOf": found,
     }
 
 

@@ -82,6 +82,8 @@ def closing_lines(result: SweepResult) -> list[str]:
         count = len(result.best.test_example_scores)
         within = _within(result.best.test_example_scores)
         lines.append(f"On the testset, {count} examples that no step saw, evaluated once: {percent(test)}{within}.")
+    if result.valsets > 1:
+        lines.append(mixed_valsets(result.valsets))
     if (compared := verdict(result)) is not None:
         lines.append(compared.sentence)
     if (believed := result.believed) is not None and believed.prefix != result.best.prefix:
@@ -98,6 +100,14 @@ def closing_lines(result: SweepResult) -> list[str]:
     lines.append(f'Kept in {result.run_dir}/best; bt_ray.load("{result.run_dir}/best") opens it.')
     lines.append(f"The sweep took {result.seconds / 60:.1f} minutes.")
     return lines
+
+
+def mixed_valsets(valsets: int) -> str:
+    """That a ranking goes over programs which were validated on different examples."""
+    return (
+        f"The ranking is over {valsets} different valsets, since settings of the space change the examples: a program may "
+        "stand first because its examples are easier."
+    )
 
 
 def _score(candidate: Candidate | None, best: Candidate | None) -> Text:

@@ -33,6 +33,8 @@ class Candidate:
         example_errors: What the program or the metric raised for examples, which scored 0 for that, and for how many.
         test_score: On the testset, in percent; None if it was not evaluated there.
         test_example_scores: The metric's value for each test example, in order.
+        valset: A hash of the validation examples. Scores of programs with different ones say nothing of each other.
+        testset: A hash of the test examples, likewise.
     """
 
     strategy: str
@@ -48,6 +50,8 @@ class Candidate:
     example_errors: dict[str, int] = field(default_factory=dict)
     test_score: float | None = None
     test_example_scores: tuple[float, ...] = ()
+    valset: str = ""
+    testset: str = ""
 
     @property
     def rank_key(self) -> tuple[float, int]:
@@ -168,6 +172,11 @@ class SweepResult:
         if not candidates or candidates[0].score is not None:
             return candidates[0] if candidates else None
         return self.trials[0].best
+
+    @property
+    def valsets(self) -> int:
+        """How many different valsets its programs were ranked by."""
+        return len({candidate.valset for candidate in self.candidates if candidate.score is not None})
 
     @property
     def test_score(self) -> float | None:

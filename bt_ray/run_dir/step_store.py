@@ -6,6 +6,7 @@ readable manifest does not exist.
 """
 
 import logging
+import math
 import secrets
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -64,8 +65,14 @@ class FinishedStep:
     api_models: dict[str, str] = field(default_factory=dict)
     example_errors: dict[str, int] = field(default_factory=dict)
 
-    def candidate(self, strategy: str, variant: str = "") -> Candidate:
-        """The step as a candidate of `strategy`, which has it as a prefix, under a variant of the settings."""
+    def candidate(self, strategy: str, variant: str = "", valset: str = "") -> Candidate:
+        """The step as a candidate of `strategy`, which has it as a prefix, under a variant of the settings.
+
+        Args:
+            strategy: The strategy.
+            variant: The variant's name.
+            valset: A hash of the variant's validation examples.
+        """
         return Candidate(
             strategy=strategy,
             prefix=self.prefix,
@@ -78,6 +85,7 @@ class FinishedStep:
             api_models=self.api_models,
             variant=variant,
             example_errors=self.example_errors,
+            valset=valset,
         )
 
 
@@ -171,6 +179,7 @@ def _parsed(values: Any) -> FinishedStep | None:
     if not isinstance(values, dict) or values.pop("schema_version", None) != SCHEMA_VERSION:
         return None
     try:
-        return FinishedStep(**{**values, "example_scores": tuple(values["example_scores"])})
+        step = FinishedStep(**{**values, "example_scores": tuple(values["example_scores"])})
+        return step if all(map(math.isfinite, [*step.example_scores, step.score or 0.0])) else None
     except (KeyError, TypeError):
         return None

@@ -100,7 +100,8 @@ class Storage(ABC):
             return None
 
     def write_json(self, name: str, value: Any) -> None:
-        self.write(name, (json.dumps(value, indent=2) + os.linesep).encode())
+        """Write a value as JSON. Raises `ValueError` if a number in it is not finite, for which JSON has no name."""
+        self.write(name, (json.dumps(value, indent=2, allow_nan=False) + os.linesep).encode())
 
     def __reduce__(self) -> Any:
         return open_storage, (self.location,)

@@ -5,6 +5,7 @@ Unknown keys are refused with the nearest right one. This module knows no engine
 ships with the package.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -411,10 +412,23 @@ def make_config(values: Mapping[str, Any], source: str = "config") -> SweepConfi
     Raises:
         ConfigError: The first thing that is wrong, with where it stands and, for a key, the nearest right one.
     """
+    if (where := _find_non_finite(values)) is not None:
+        raise ConfigError(f"{source}: {where}: settings are kept as JSON, which has no name for this number.")
     try:
         return SweepConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{source}: {_first_problem(error)}") from None
+
+
+def _find_non_finite(value: Any) -> str | None:
+    """Where NaN or infinity stands in nested settings, and which; None if nowhere."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else str(value)
+    named = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, inner in named:
+        if (found := _find_non_finite(inner)) is not None:
+            return f"{key}.{found}" if isinstance(inner, Mapping | list | tuple) else f"{key} = {found}"
+    return None
 
 
 def override_train(train: TrainConfig, overrides: Mapping[str, Any] | None) -> TrainConfig:

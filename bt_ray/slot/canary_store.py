@@ -108,7 +108,7 @@ class KnownAnswers:
         name = f"{CANARIES}/{expected.weights_id}.json"
         try:
             self._storage.write_json(name, {**(self._storage.read_json(name) or {}), platform: answered})
-        except StorageError as error:  # this slot knows it all the same
+        except (StorageError, ValueError) as error:  # this slot knows it all the same; NaN is no JSON
             logger.warning("%s could not be kept: %s", name, error)
 
     def _trainer(self, weights: Weights) -> Canary | None:

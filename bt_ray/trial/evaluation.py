@@ -1,5 +1,6 @@
 """Evaluations of programs by DSPy, in one process: the metric's value for each example, and what was raised for it."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from dspy.utils.callback import BaseCallback
 
 from bt_ray.errors import TaskError
 from bt_ray.run_dir.results import one_line
+from bt_ray.task.metric import refuse_non_finite
 from bt_ray.trial.failure_latch import FailureLatch
 from bt_ray.trial.failures import is_lost_answer
 
@@ -80,7 +82,7 @@ class LocalEvaluator:
         errors: list[str] = []
         evaluate = dspy.Evaluate(
             devset=list(examples),
-            metric=told(self._metric, self._latch, errors),
+            metric=told(refuse_non_finite(self._metric), self._latch, errors),
             num_threads=limits.num_threads,
             max_errors=limits.max_errors,
             display_table=False,
@@ -97,7 +99,15 @@ class LocalEvaluator:
             if "Execution cancelled" in str(error):
                 raise stopped(limits, error) from error
             raise
-        return Scores(tuple(float(score) for _, _, score in result.results), tuple(errors))
+        return _finite(Scores(tuple(float(score) for _, _, score in result.results), tuple(errors)))
+
+
+def _finite(scores: Scores) -> Scores:
+    """The scores. Raises `TaskError` if they are too large for a mean."""
+    if scores.of_examples and not math.isfinite(100 * sum(scores.of_examples)):
+        largest = max(scores.of_examples, key=abs)
+        raise TaskError(f"The metric's scores are too large to add up; the largest is {largest:g}. Scores are from 0 to 1.")
+    return scores
 
 
 def told(call: Callable[..., Any], latch: FailureLatch, errors: list[str]) -> Callable[..., Any]:

@@ -10,8 +10,9 @@ import dspy
 from bt_ray.errors import TaskError
 from bt_ray.settings.config import SweepConfig
 from bt_ray.settings.toml import looks_like_path
+from bt_ray.slot.base_models import base_weights
 from bt_ray.trial.lm import MODEL_PREFIX, ServedEngine, ServedLM, assign_lm, served_lm
-from bt_ray.weights import Weights, base_weights, model_name
+from bt_ray.weights import Weights, model_name
 
 
 class ServedModels:
@@ -20,18 +21,19 @@ class ServedModels:
     Args:
         engine: Asks the servers.
         config: The sweep's settings.
+        known: Models of the hub, by name, as the driver found them: all processes of a sweep mean the same commit.
 
     Attributes:
         bases: The base models that LMs were made for, by id.
         student: The sweep's own model, since a predictor was given it.
     """
 
-    def __init__(self, engine: ServedEngine, config: SweepConfig) -> None:
+    def __init__(self, engine: ServedEngine, config: SweepConfig, known: Mapping[str, Weights] | None = None) -> None:
         self.engine = engine
         self.bases: dict[str, Weights] = {}
         self.student: Weights | None = None
         self._config = config
-        self._known: dict[str, Weights] = {}
+        self._known: dict[str, Weights] = dict(known or {})
 
     def lm(self, model: str, temperature: float | None = None, max_tokens: int | None = None) -> ServedLM:
         """An LM for a base model: a folder, or a model id of the hub. `[lm]` says how it samples, unless this does.

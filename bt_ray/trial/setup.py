@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from bt_ray.run_dir.step_store import StepStore
 from bt_ray.run_dir.storage import Storage, open_storage
 from bt_ray.settings.config import SweepConfig
 from bt_ray.step import StepKey
+from bt_ray.weights import Weights
 
 if TYPE_CHECKING:
     from bt_ray.task.task import TaskFunction
@@ -36,6 +37,7 @@ class TrialSetup:
         testset: A digest of the testset; `""` without one.
         pool: The sweep's server pool; None if all LMs are APIs'.
         claims: Its step claims.
+        of_the_hub: The models of the hub that it serves, by name.
     """
 
     config: SweepConfig
@@ -46,6 +48,7 @@ class TrialSetup:
     testset: str
     pool: "ActorHandle[Any] | None"
     claims: "ActorHandle[Any]"
+    of_the_hub: Mapping[str, Weights] = field(default_factory=dict)
 
     @property
     def store(self) -> StepStore:
@@ -76,6 +79,7 @@ def student(setup: TrialSetup, holder: str, threads: int, prefixes: Iterable[str
     from bt_ray.trial.lm import ServedEngine
     from bt_ray.trial.one_core import one_core
     from bt_ray.trial.program_lms import ServedModels, serving
+    from bt_ray.trial.seeded_cache import draw_by_seed
     from bt_ray.trial.task_check import refuse_other_task
 
     config = setup.config
@@ -88,14 +92,15 @@ def student(setup: TrialSetup, holder: str, threads: int, prefixes: Iterable[str
         timeout_s=config.server.request_timeout_s,
         max_connections=max(100, threads),
     )
-    models = ServedModels(engine, config)
+    models = ServedModels(engine, config, setup.of_the_hub)
     try:
         with one_core(), serving(models):
             task = load_task(setup.task, config.args)
             models.assign_student(task.program)
             refuse_other_task(task, setup.task, config, models.student, setup.keys, prefixes, setup.places)
             _ = dspy.cache  # opened by its first reader: else by a request, while a server waits
-            yield task, models, hosted
+            with draw_by_seed(config.seed):  # last: a task may configure DSPy's cache
+                yield task, models, hosted
     finally:
         hosted.close()
 

@@ -25,7 +25,7 @@ from bt_ray.trial.lm import ServedEngine
 from bt_ray.trial.program_lms import ServedModels, assign_versions, serving
 from bt_ray.trial.program_state import load_state
 from bt_ray.trial.steps import installed_versions
-from bt_ray.weights import Weights
+from bt_ray.weights import Weights, find_hub_models
 from bt_ray.winner.local_models import LocalModels
 from bt_ray.winner.remote_models import RemoteModels
 
@@ -43,6 +43,7 @@ def keep_best(best: Candidate, storage: Storage, bases: Mapping[str, Weights], c
         "predictors": best.weights,
         "api_models": best.api_models,
         "weights": weights,
+        "revisions": {id_: bases[id_].revision for id_ in weights if id_ in bases and bases[id_].revision is not None},
         "config": config.without_secrets(),
         "versions": installed_versions(),
     }
@@ -97,7 +98,8 @@ def find_best(folder: str | Path) -> Kept:
     if manifest is None:
         raise ConfigError(f"{folder} is neither a run directory with a best program nor its `best` folder.")
     config = make_config(manifest["config"], source=f"{folder}/{BEST_MANIFEST}")
-    weights = {weights_id: _found(storage, weights_id, path) for weights_id, path in manifest["weights"].items()}
+    commits = manifest.get("revisions", {})
+    weights = {id_: _found(storage, id_, path, commits.get(id_)) for id_, path in manifest["weights"].items()}
     return Kept(storage, name, manifest, config, weights)
 
 
@@ -127,7 +129,7 @@ def load(
     hosted: Models = LocalModels(dict(kept.weights), kept.config.server, kept.storage)
     if served_at is not None:
         hosted = RemoteModels([served_at] if isinstance(served_at, str) else served_at, token or "", list(kept.weights))
-    models = ServedModels(_engine(hosted, kept.config), kept.config)
+    models = ServedModels(_engine(hosted, kept.config), kept.config, find_hub_models(kept.weights.values()))
     with serving(models):
         program = _load_program(task or kept.manifest["task"], kept.config.args)
     api_models = kept.manifest.get("api_models", {})
@@ -153,10 +155,10 @@ def _engine(models: Models, config: SweepConfig) -> ServedEngine:
     )
 
 
-def _found(storage: Storage, weights_id: str, path: str) -> Weights:
+def _found(storage: Storage, weights_id: str, path: str, revision: str | None) -> Weights:
     """The weights of a manifest. Those of the sweep are kept relative to `best`, so that a run directory can move."""
     if path.startswith(".."):
         return StepStore(storage).read_weights(weights_id)
     if Path(path).is_absolute() and not Path(path).exists():
         raise BtRayError(f"The model {path} that the sweep started from is gone.")
-    return Weights(weights_id, path)
+    return Weights(weights_id, path, revision=revision)

@@ -12,8 +12,9 @@ from test_vllm_slot import QUESTION, TOKEN, answer_in_full, ask, text
 
 from bt_ray.run_dir.storage import open_storage
 from bt_ray.settings.config import ServerConfig, TrainConfig
+from bt_ray.slot.base_models import base_weights
 from bt_ray.slot.slot import Slot
-from bt_ray.weights import Weights, base_weights
+from bt_ray.weights import Weights
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 

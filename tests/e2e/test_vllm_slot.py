@@ -24,11 +24,12 @@ from bt_ray.errors import StorageError, TaskError, TrainingError
 from bt_ray.models import Endpoint
 from bt_ray.run_dir.storage import open_storage
 from bt_ray.settings.config import LMConfig, ServerConfig, TrainConfig
+from bt_ray.slot.base_models import base_weights, content_digest
 from bt_ray.slot.canary import TOLERANCE, TOLERANCE_FLOAT32
 from bt_ray.slot.serving.server import ServerProcess
 from bt_ray.slot.slot import Slot
 from bt_ray.trial.lm import ServedEngine, served_lm
-from bt_ray.weights import Weights, base_weights, content_digest
+from bt_ray.weights import Weights
 
 pytestmark = pytest.mark.timeout(600)
 TOKEN = "the-token-of-this-sweep"

@@ -3,6 +3,7 @@
 When a test of DSPy's behaviour fails with a newer DSPy, the difference may have become unnecessary.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -209,6 +210,32 @@ def test_copies_of_a_fine_tuned_program_run_their_own_predictors(lm: ServedLM) -
     )
     walked = walk(task, lm, "w")
     assert all("forward" not in c["program"].__dict__ for c in walked.program.candidate_programs)
+
+
+def test_a_score_that_is_no_number_is_an_error_of_its_example(lm: ServedLM) -> None:
+    def metric(example: dspy.Example, prediction: Any, trace: Any = None) -> float:
+        return math.nan if example.question in ("number 0", "number 100") else float(tasks.exact(example, prediction))
+
+    # DSPy: one NaN is the score of all examples together, and BootstrapFewShot keeps the example that has it.
+    program = dspy.Predict(tasks.Double)
+    program.set_lm(lm)
+    assert math.isnan(dspy.Evaluate(devset=tasks.examples(range(10)), metric=metric, num_threads=2)(program).score)
+    trainset = tasks.examples(range(100, 104))
+    with dspy.context(lm=lm):
+        kept = BootstrapFewShot(metric=metric, max_labeled_demos=0).compile(program, trainset=trainset)
+    assert [demo.question for demo in kept.demos] == ["number 100", "number 101"]
+
+    # bt_ray: that example scores 0, counts as failed, and is not kept.
+    task = tasks.double(
+        metric=metric,
+        trainset=trainset,
+        optimizers=lambda ctx: {"p": BootstrapFewShot(metric=metric, max_labeled_demos=0)},
+        optimizer_compile_args={},
+    )
+    walked = walk(task, lm, "p")
+    assert [outcome.score for outcome in walked.outcomes] == [15.0, 25.0], "1, 10, 11; a demo adds 2 and 12"
+    assert walked.outcomes[0].example_errors == {"ValueError: the metric gave nan, which is no score": 1}
+    assert [demo["question"] for demo in walked.program.demos] == ["number 101"]
 
 
 class Handed(dspy.Provider):  # type: ignore[misc]

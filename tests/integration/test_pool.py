@@ -20,7 +20,8 @@ from bt_ray.errors import ServerError, TrainingError
 from bt_ray.pool.policy_types import Policy
 from bt_ray.run_dir.storage import open_storage
 from bt_ray.settings.config import make_config
-from bt_ray.weights import MANIFEST, Weights, base_weights, fine_tuned
+from bt_ray.slot.base_models import base_weights
+from bt_ray.weights import MANIFEST, Weights, fine_tuned
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 Pool = Any

@@ -9,7 +9,7 @@ from conftest import SUPPORT
 from support.scripted_model import write_model
 
 import bt_ray
-from bt_ray.weights import base_weights
+from bt_ray.slot.base_models import base_weights
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

@@ -17,11 +17,12 @@ from support.scripted_model import write_model
 from bt_ray.errors import InfrastructureError, ServerError, TrainingError
 from bt_ray.run_dir.storage import open_storage
 from bt_ray.settings.config import SweepConfig, make_config
+from bt_ray.slot.base_models import base_weights
 from bt_ray.slot.child import ChildProcess
 from bt_ray.slot.slot import Slot
 from bt_ray.trial.failure_latch import FailureLatch
 from bt_ray.trial.lm import ServedEngine, served_lm
-from bt_ray.weights import Weights, base_weights
+from bt_ray.weights import Weights
 from bt_ray.winner.local_models import LocalModels
 
 

@@ -1,5 +1,6 @@
 """Sweeps whose settings vary: steps are shared wherever what they depend on is equal."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,7 @@ def test_models_and_training_settings_vary(settings: dict[str, Any], task: str, 
 def test_the_commands_show_seeds_and_what_they_share(settings: dict[str, Any], task: str, tmp_path: Path) -> None:
     server = {**settings["server"], "cpus": 0.5}
     values = {**settings, "task": task, "strategies": ["p", "w"], "space": {"seed": [0, 1]}, "server": server}
+    values["lm"] = {"temperature": 0.5}
     (tmp_path / "sweep.toml").write_text(toml(values))
 
     def command(name: str, *arguments: str) -> str:
@@ -97,7 +99,8 @@ def test_the_commands_show_seeds_and_what_they_share(settings: dict[str, Any], t
     assert "Best scores over seeds, in percent" in output
     assert 'Best program: "w" with seed=0, 50.0 % on the valset.' in output
     listed = command("steps", settings["run_dir"])
-    assert listed.count("baseline [seed=") == 2
+    asked = re.findall(r"baseline \[seed=(.)\]: 20.0 % in \d+ s, (\d+) requests", listed)
+    assert asked == [("0", "20"), ("1", "20")], "each seed draws its own answers"
     assert "w [seed=1]: 50.0 %" in listed
     assert "Nothing is left to compute." in command("plan", file)
 

@@ -6,16 +6,17 @@ from typing import Any
 
 import psutil
 import pytest
-from bt_ray.slot.training.job import training_key
 from support.processes import wait_for
 from test_slot import Call
 
 from bt_ray.errors import StorageError, TrainingError
 from bt_ray.run_dir.storage import Storage
 from bt_ray.settings.config import SweepConfig, make_config
+from bt_ray.slot.base_models import base_weights
 from bt_ray.slot.slot import Slot
 from bt_ray.slot.training import job as training_job
-from bt_ray.weights import Weights, base_weights
+from bt_ray.slot.training.job import training_key
+from bt_ray.weights import Weights
 
 DATA = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}]
 

@@ -16,6 +16,9 @@ from support import known
 import bt_ray
 from bt_ray.events import StepFinished
 from bt_ray.layout import EXAMPLES
+from bt_ray.report.comparison import verdict
+from bt_ray.report.data import read_report
+from bt_ray.report.page import report_page
 from bt_ray.run_dir.examples import KeptExample, read_examples
 from bt_ray.run_dir.storage import open_storage
 from bt_ray.strategy import prefixes
@@ -93,6 +96,33 @@ def test_an_evaluation_with_fewer_failed_examples_than_max_errors_goes_on(settin
     errors = [{"KeyError: 'no such field'": 3}] * 2
     assert [candidate.example_errors for candidate in trial.candidates] == errors
     assert [event.example_errors for event in events if isinstance(event, StepFinished)] == errors
+
+
+def test_a_metric_that_gives_nan_for_one_example_costs_that_example_alone(settings: dict[str, Any], tasks: Path) -> None:
+    result = bt_ray.sweep(f"{tasks}:one_nan", {**settings, "strategies": ["a", "b"]})
+    assert [candidate.score for candidate in result.candidates] == [60.0, 40.0, 20.0, 20.0]
+    error = {"ValueError: the metric gave nan, which is no score": 1}
+    assert all(candidate.example_errors == error for candidate in result.candidates)
+    assert result.best is not None
+    assert (result.best.prefix, result.best.test_score) == ("b", 60.0)
+    assert "number 19" in log_of(result), "the example is named there"
+    for file in Path(result.run_dir).rglob("*.json"):
+        json.loads(file.read_text(), parse_constant=lambda name, file=file: pytest.fail(f"{file} has {name}"))
+
+
+def test_variants_with_different_valsets_are_not_compared(settings: dict[str, Any], tasks: Path) -> None:
+    space = {"args.first": [0, 5, 0], "seed": [0, 1]}
+    result = bt_ray.sweep(f"{tasks}:validated_on", {**settings, "strategies": ["b"], "space": space})
+    assert [candidate.score for candidate in result.candidates] == [30.0, 30.0, 10.0, 10.0, 5.0, 5.0, 0.0, 0.0]
+    assert result.valsets == 2
+    written = bt_ray.SweepResult.read(Path(result.run_dir) / "result.json")
+    for found in (verdict(result), verdict(written), read_report(open_storage(result.run_dir)).verdict):
+        assert found is not None
+        assert [(other.variant, against.wins) for other, against in found.others] == [("args.first=0, seed=1", 0)]
+        assert found.incomparable == 2
+    page = report_page(read_report(open_storage(result.run_dir)))
+    assert "The ranking is over 2 different valsets" in page
+    assert "The winner cannot be compared with 2 others, which were validated on other examples." in page
 
 
 def test_an_evaluation_with_as_many_as_max_errors_ends_as_an_error_that_says_what_to_do(

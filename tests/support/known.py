@@ -6,6 +6,7 @@ it, since they write beside it.
 """
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,3 +168,21 @@ def failing_metric(first: int) -> Callable[[dspy.Example, dspy.Prediction], bool
 def three_fail() -> bt_ray.Task:
     """The metric raises for three examples of the valset, and three of the testset."""
     return task(metric=failing_metric(17), testset=examples(range(10, 20)))
+
+
+def one_nan() -> bt_ray.Task:
+    """The metric gives NaN for one example of the valset and one of the testset, which no program answers right."""
+
+    def metric(example: dspy.Example, prediction: dspy.Prediction) -> float:
+        return math.nan if example.question == "number 19" else float(exact(example, prediction))
+
+    return task(metric=metric, testset=examples(range(10, 20)))
+
+
+def validated_on(first: int) -> bt_ray.Task:
+    """The valset has this number and the 19 after it: of the first ten numbers some are answered, of others none."""
+
+    def metric(example: dspy.Example, prediction: dspy.Prediction) -> bool:
+        return exact(example, prediction) and int(example.answer) < 20
+
+    return task(metric=metric, valset=examples(range(first, first + 20)))

@@ -8,8 +8,9 @@ import httpx
 from bt_ray.models import Endpoint
 from bt_ray.run_dir.storage import Storage, open_storage
 from bt_ray.settings.config import ServerConfig, SweepConfig, make_config
+from bt_ray.slot.base_models import base_weights
 from bt_ray.slot.slot import Slot
-from bt_ray.weights import Weights, base_weights
+from bt_ray.weights import Weights
 
 DATA = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}]
 

@@ -7,9 +7,10 @@ from typing import Any
 from bt_ray.models import Conversation
 from bt_ray.run_dir.storage import open_storage
 from bt_ray.settings.config import SweepConfig, override_train
+from bt_ray.slot.base_models import base_weights
 from bt_ray.trial.failure_latch import FailureLatch
 from bt_ray.trial.lm import ServedEngine, ServedLM, served_lm
-from bt_ray.weights import Weights, base_weights
+from bt_ray.weights import Weights
 from bt_ray.winner.local_models import LocalModels
 
 

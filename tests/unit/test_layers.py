@@ -17,7 +17,7 @@ LAYERS: dict[str, set[str]] = {
     "location": {"errors"},
     "layout": set(),
     "strategy": {"errors"},
-    "weights": {"errors", "layout"},
+    "weights": {"layout"},
     "events": set(),
     "models": {"errors", "weights"},
     "step": set(),
@@ -29,7 +29,7 @@ LAYERS: dict[str, set[str]] = {
     "report": {"errors", "layout", "strategy", "weights", "events", "step", "run_dir"},
     "tracking": {"errors", "strategy", "events", "settings", "run_dir", "report"},
     "trial": {
-        "errors", "layout", "strategy", "weights", "models", "step", "settings", "run_dir", "task", "pool",
+        "errors", "layout", "strategy", "weights", "models", "step", "settings", "run_dir", "task", "slot", "pool",
         "tracking",
     },
     "winner": {"errors", "location", "layout", "weights", "models", "settings", "run_dir", "task", "slot", "trial"},

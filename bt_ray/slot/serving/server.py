@@ -249,6 +249,8 @@ def server_command(weights: Weights, config: ServerConfig, dtype: str | None, li
     if config.gpus == 0:
         options["enforce_eager"] = True  # torch.compile costs a minute of start for a tenth more throughput on CPU
     options |= config.engine_options
+    if weights.revision is not None:
+        options["revision"] = weights.revision
     if dtype is not None:
         options["dtype"] = dtype
     return [*program, str(listen_fd), *_as_arguments(options)]

@@ -66,7 +66,9 @@ def step_keys(
     """
     forget_places()
     values = Values(find_places(config.task) if places is None else places)
-    keys = {BASELINE: _key(BASELINE, None, _baseline_parts(values, task, config, base), trains=False)}
+    validated = task.validation_examples(config.valset_ratio)
+    valset = values.read(validated).digest[:DIGITS] if validated else ""
+    keys = {BASELINE: _key(BASELINE, None, _baseline_parts(values, task, config, base), valset, trains=False)}
     reached = {BASELINE: keys[BASELINE].reached}
     for prefix in prefixes:
         own = prefix.removeprefix(parent(prefix)).removeprefix(" -> ")
@@ -76,7 +78,7 @@ def step_keys(
         parts = _step_parts(values, own, optimizers, task, config)
         trains = isinstance(optimizers[own], FinetuneTeleprompter)
         before = reached[parent(prefix)]
-        key = _key(prefix, keys[parent(prefix)].key, parts, trains=trains, before=before)
+        key = _key(prefix, keys[parent(prefix)].key, parts, valset, trains=trains, before=before)
         keys[prefix], reached[prefix] = key, {**before, **key.reached}
     return keys
 
@@ -188,14 +190,20 @@ def _versions(packages: Iterable[str]) -> _Part:
 
 
 def _key(
-    prefix: str, parent_key: str | None, parts: Mapping[str, _Part], *, trains: bool, before: Mapping[str, str] | None = None
+    prefix: str,
+    parent_key: str | None,
+    parts: Mapping[str, _Part],
+    valset: str,
+    *,
+    trains: bool,
+    before: Mapping[str, str] | None = None,
 ) -> StepKey:
     digests = {name: part.digest for name, part in parts.items()}
     digests |= {f"{name}{AS_WRITTEN}": part.source for name, part in parts.items() if part.source}
     named = {name: found for part in parts.values() for name, found in part.named.items()}
     new = {name: found for name, found in sorted(named.items()) if (before or {}).get(name) != found}
     made_of = [f"kind {KIND}", parent_key or "", *(f"{name} {found}" for name, found in sorted(digests.items()))]
-    return StepKey(prefix, text_hash(*made_of)[:DIGITS], parent_key or "", digests, trains, new, KIND)
+    return StepKey(prefix, text_hash(*made_of)[:DIGITS], parent_key or "", digests, trains, new, KIND, valset)
 
 
 def _dspy_settings() -> dict[str, Any]:

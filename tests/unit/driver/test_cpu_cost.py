@@ -76,7 +76,7 @@ def test_times_are_rough(seconds: float, words: str) -> None:
 def test_no_sweep_fails_for_an_estimate_and_none_is_made_for_servers_elsewhere(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bt_ray.weights import base_weights
+    from bt_ray.slot.base_models import base_weights
 
     base, here = base_weights(str(model), {}), config(model=str(model))
 

@@ -1,5 +1,7 @@
 """Intervals and tests against scipy's and statsmodels's, and how often equal programs are taken for different ones."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from bt_ray.report.comparison import compared, corrected, interval, p_value, verdict
+from bt_ray.report.table import closing_lines
 from bt_ray.run_dir.results import Candidate, SweepResult, TrialResult
 
 RANDOM = np.random.default_rng(7)
@@ -106,6 +109,39 @@ def test_a_winner_by_luck_is_told_from_no_other() -> None:
     even = verdict(sweep_of([([1.0] * 31 + [0.0] * 19, []), ([0.0] * 20 + [1.0] * 30, [])]))
     assert even is not None
     assert even.sentence.startswith("The winner cannot be told from the runner-up")
+
+
+def on_examples(result: SweepResult, *names: str, on_testset: bool = False) -> SweepResult:
+    """The sweep, whose trials were scored on the valsets, or the testsets, of these names."""
+    trials = []
+    for trial, name in zip(result.trials, names, strict=True):
+        named = {"testset" if on_testset else "valset": name}
+        trials.append(replace(trial, candidates=tuple(replace(c, **named) for c in trial.candidates)))
+    return replace(result, trials=tuple(trials))
+
+
+@pytest.mark.parametrize("on_testset", [False, True])
+def test_programs_are_compared_where_they_answered_the_same_examples_alone(on_testset: bool) -> None:
+    good, bad = [1.0] * 50, [0.0] * 25 + [1.0] * 25
+    result = sweep_of([(good, good if on_testset else []), (bad, bad if on_testset else [])])
+    found = verdict(on_examples(result, "easy", "hard", on_testset=on_testset))
+    assert found is not None
+    assert (found.others, found.incomparable) == ((), 1)
+    how = "tested" if on_testset else "validated"
+    assert found.sentence == f"The winner cannot be compared with 1 other program, which was {how} on other examples."
+    alike = verdict(on_examples(result, "hard", "hard", on_testset=on_testset))
+    assert alike is not None
+    assert alike.sentence.startswith("The winner is better than the runner-up")
+
+
+def test_a_ranking_over_different_valsets_is_told() -> None:
+    result = sweep_of([([1.0] * 20, []), ([1.0] * 10 + [0.0] * 10, []), ([1.0] * 20 + [0.0] * 10, [])])
+    mixed = on_examples(result, "easy", "easy", "hard")
+    lines = closing_lines(mixed)
+    assert lines[1].startswith("The ranking is over 2 different valsets")
+    assert 'The winner is better than the runner-up, "s1": it does better on 10 of 20' in lines[2]
+    assert lines[2].endswith("The winner cannot be compared with 1 other program, which was validated on other examples.")
+    assert not [line for line in closing_lines(on_examples(result, *["one"] * 3)) if "valsets" in line]
 
 
 def test_one_program_is_compared_with_nothing() -> None:

@@ -40,6 +40,7 @@ def write(tmp_path: Path, text: str) -> Path:
             {"server": {"models": {"org/large": {"gpu": 4}}}},
             "server: models.\"org/large\": unknown key 'gpu'. Did you mean 'gpus'?",
         ),
+        ({"args": {"x": [1.0, float("inf")]}}, "args.x.1 = inf: settings are kept as JSON"),
         ({"server": {"models": {"org/large": {"count": 0}}}}, 'models."org/large": count: Input should be greater'),
         ({"server": {"models": {"org/large": {"fine_tunes": "merged"}}}}, "fine_tunes is the same for all models"),
         ({"server": {"models": {"/a/large": {}, "/b/large": {}}}}, "two are called large"),
