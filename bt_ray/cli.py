@@ -376,14 +376,14 @@ def sweep(
         config = _load(file, strategy, run_dir, assignments)
         from bt_ray.driver.sweep import run_sweep
         from bt_ray.report.progress import Progress
-        from bt_ray.report.table import closing_lines, result_table, spread_table
+        from bt_ray.report.table import result_table, spread_table, summary_lines
 
         with Progress(console) as progress:
             result = run_sweep(config, address=address, listener=progress, accept_changes=accept_changes)
         console.print(result_table(result))
         if (spread := spread_table(result)) is not None:
             console.print(spread)
-        for line in closing_lines(result):
+        for line in summary_lines(result):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     if all(trial.error for trial in result.trials):
         raise typer.Exit(EXIT_FAILED)

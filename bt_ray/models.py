@@ -46,10 +46,10 @@ class Models(Protocol):
             InfrastructureError: They could not be served.
         """
 
-    def lost(self, endpoint: Endpoint) -> None:
+    def report_loss(self, endpoint: Endpoint) -> None:
         """Told that a request to `endpoint` failed in a way that speaks of the server; the next request checks it."""
 
-    def refused(self, endpoint: Endpoint) -> None:
+    def report_refusal(self, endpoint: Endpoint) -> None:
         """Told that `endpoint` refused a request, because it went to other weights; the next request asks anew."""
 
     def finetune(self, weights_id: str, conversations: Sequence[Conversation], train_kwargs: dict[str, Any]) -> Weights:
@@ -84,9 +84,9 @@ class NoModels:
         raise ServerError(self._reason)
         yield
 
-    def lost(self, endpoint: Endpoint) -> None: ...
+    def report_loss(self, endpoint: Endpoint) -> None: ...
 
-    def refused(self, endpoint: Endpoint) -> None: ...
+    def report_refusal(self, endpoint: Endpoint) -> None: ...
 
     def kill(self, weights_id: str) -> None: ...
 

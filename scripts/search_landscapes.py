@@ -112,7 +112,7 @@ def draw(family: str, seed: int, sigma: float) -> tuple[Scores, Scores]:
 def searched(observed: Scores, seed: int, at_once: int = 1, budget: int = BUDGET) -> str:
     """The step that the search returns, with `at_once` strategies under way."""
     search, chance = StrategySearch(OPTIMIZERS, MAX_LENGTH, seed=seed), random.Random(seed)
-    search.observed("", observed[""])
+    search.observe("", observed[""])
     done, under_way = {""}, list[str]()
     while True:
         while len(under_way) < at_once:
@@ -125,7 +125,7 @@ def searched(observed: Scores, seed: int, at_once: int = 1, budget: int = BUDGET
             return search.best()
         nexts = [next(step for step in prefixes(strategy) if step not in done) for strategy in under_way]
         step = chance.choice(nexts)
-        search.observed(step, observed[step])
+        search.observe(step, observed[step])
         done.add(step)
         under_way = [strategy for strategy in under_way if strategy not in done]
 

@@ -123,7 +123,7 @@ def check_sweep(
     Raises:
         BtRayError: The first thing that would make the sweep fail, and what to do about it.
     """
-    checked = CheckedSweep({variant.name: _checked(variant, build or config.task) for variant in variants(config)})
+    checked = CheckedSweep({variant.name: _check_variant(variant, build or config.task) for variant in variants(config)})
     if isinstance(config.strategies, StrategySearch) and config.space:
         raise ConfigError("space: a search over strategies takes no space. Search first, then vary what it found.")
     _check_tracking(config)
@@ -148,7 +148,7 @@ def _check_tracking(config: SweepConfig) -> None:
             raise ConfigError(f'tracking.{package}: the package is not installed. Run: pip install "bt-ray[{package}]"')
 
 
-def _checked(variant: Variant, source: str | TaskFunction) -> Checked:
+def _check_variant(variant: Variant, source: str | TaskFunction) -> Checked:
     config = variant.config
     none = NoModels("No model is served during a check: build() and optimizers(ctx) must not ask a served LM.")
     models = ServedModels(ServedEngine(none, FailureLatch(), retries=0, timeout_s=1, max_connections=1), config)
@@ -159,7 +159,7 @@ def _checked(variant: Variant, source: str | TaskFunction) -> Checked:
         def context(prefix: str) -> StepContext:
             return StepContext(prefix, step_seed(config.seed, prefix), Path(scratch), student_lm(task.program))
 
-        optimizers = _built(task, context(BASELINE))
+        optimizers = _build_optimizers(task, context(BASELINE))
         strategies = _strategies(config, optimizers)
         parsed = [parse(strategy, optimizers) for strategy in strategies]
         keys = step_keys(task, config, models.student, all_prefixes(strategies), context)
@@ -197,7 +197,7 @@ def _strategies(config: SweepConfig, optimizers: Mapping[str, Teleprompter]) -> 
     return given
 
 
-def _built(task: Task, context: StepContext) -> Mapping[str, Teleprompter]:
+def _build_optimizers(task: Task, context: StepContext) -> Mapping[str, Teleprompter]:
     try:
         return task.build_optimizers(context)
     except BtRayError:

@@ -95,14 +95,14 @@ class SearchWalk:
             lacking = next((prefix for prefix in prefixes(strategy) if prefix not in self._known), None)
             if lacking is not None:
                 self._failed.add(lacking)
-                self._search.failed(lacking)
+                self._search.note_failed(lacking)
 
     def believed(self) -> Expected | None:
         """The finished step that is believed to be the best; None before any has a score."""
         if not self._scored:
             return None
         best = self._search.best()
-        return Expected(best, *self._search.expected(best))
+        return Expected(best, *self._search.expect(best))
 
     def skipped(self) -> tuple[Expected, ...]:
         """The steps that could have come next and were not tried, the most promising first."""
@@ -111,7 +111,7 @@ class SearchWalk:
             if prefix in self._known or (parent(prefix) not in self._known and parent(prefix) != BASELINE):
                 continue
             reason = "it failed" if prefix in self._failed else f"the budget of {self._budget} was spent"
-            found.append(Expected(prefix, *self._search.expected(prefix), reason))
+            found.append(Expected(prefix, *self._search.expect(prefix), reason))
         return tuple(sorted(found, key=lambda step: -step.score))
 
     def _observe(self, prefix: str, score: float | None) -> None:
@@ -119,7 +119,7 @@ class SearchWalk:
         self._spent.steps += prefix != BASELINE and prefix not in self._known
         self._known.add(prefix)
         if score is not None:
-            self._search.observed(prefix, score)
+            self._search.observe(prefix, score)
             self._scored = True
 
     def _next(self) -> str | None:

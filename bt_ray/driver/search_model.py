@@ -80,7 +80,7 @@ class StrategySearch:
         self._scores: dict[int, float] = {}
         self._failed: set[int] = set()
 
-    def observed(self, prefix: str, score: float) -> None:
+    def observe(self, prefix: str, score: float) -> None:
         """A step is committed. A later score of the same step replaces it; one that is not finite tells nothing.
 
         Raises:
@@ -90,7 +90,7 @@ class StrategySearch:
         self._failed.discard(node)
         self._scores[node] = min(max(score, -LARGEST_SCORE), LARGEST_SCORE) if math.isfinite(score) else math.nan
 
-    def failed(self, prefix: str) -> None:
+    def note_failed(self, prefix: str) -> None:
         """A step cannot be computed: neither it nor anything below it is suggested."""
         self._failed.add(self._model.node(prefix))
 
@@ -129,7 +129,7 @@ class StrategySearch:
         way = model.path[worth.argmax()]
         return str(model.names[way[new[way]][0]])
 
-    def expected(self, prefix: str) -> tuple[float, float]:
+    def expect(self, prefix: str) -> tuple[float, float]:
         """The mean and the standard deviation of what a step's true score may be."""
         node, belief = self._model.node(prefix), self._belief()
         return float(belief.mean[node]), float(belief.sd[node])
@@ -181,7 +181,7 @@ class _Model:
         self.depth = np.array([len(keys) for keys in steps])
         self.path = np.zeros((len(steps), max_length + 1), np.intp)
         effects: dict[tuple[str, Hashable], int] = {}
-        gains = [[effects.setdefault(effect, len(effects)) for effect in _shared_effects(keys)] for keys in steps[1:]]
+        gains = [[effects.setdefault(effect, len(effects)) for effect in _find_shared_effects(keys)] for keys in steps[1:]]
         self._shared = np.zeros((len(steps), len(effects)))  # how often each effect is in a step's score
         for keys, gain in zip(steps[1:], gains, strict=True):
             row, before = rows[keys], rows[keys[:-1]]
@@ -279,7 +279,7 @@ class _Fit:
     unit: Floats
 
 
-def _shared_effects(keys: tuple[str, ...]) -> list[tuple[str, Hashable]]:
+def _find_shared_effects(keys: tuple[str, ...]) -> list[tuple[str, Hashable]]:
     """The effects that the last step of `keys` shares with others, each with its kind."""
     *before, key = keys
     used = before.count(key)

@@ -282,13 +282,13 @@ class _Sweep:
         """The result with the scores on the testset that are on the store."""
         known = {file: self.store.storage.read_json(file) for file in self.to_test(result)}
 
-        def tested(candidate: Candidate) -> Candidate:
+        def add_test_score(candidate: Candidate) -> Candidate:
             scores, testset = known.get(self.test_file(candidate)), self.testset_digests[candidate.variant]
             if not scores:
                 return candidate
             return replace(candidate, test_score=scores[0], test_example_scores=tuple(scores[1]), testset=testset)
 
-        trials = [replace(trial, candidates=tuple(map(tested, trial.candidates))) for trial in result.trials]
+        trials = [replace(trial, candidates=tuple(map(add_test_score, trial.candidates))) for trial in result.trials]
         return replace(result, trials=tuple(trials))
 
     def test_file(self, candidate: Candidate) -> str:
@@ -309,12 +309,12 @@ class _Sweep:
         Raises:
             InfrastructureError: An evaluation was lost. The others are kept.
         """
-        from bt_ray.trial.trial import tested
+        from bt_ray.trial.trial import run_tests
 
         what = "the best program" if len(candidates) == 1 else f"the best of each strategy, {len(candidates)} programs,"
         self.tell(Stage(f"Scoring {what} on the testset"))
         at_once = self.config.concurrent_trials(len(candidates), self.checked.servers)
-        for file, scores in tested({file: (setups[c.variant], c) for file, c in candidates.items()}, at_once):
+        for file, scores in run_tests({file: (setups[c.variant], c) for file, c in candidates.items()}, at_once):
             self.store.storage.write_json(file, scores)
 
     def keep(self, result: SweepResult) -> None:

@@ -95,12 +95,12 @@ class LeasedModels:
                 held.in_flight -= 1
                 held.idle_since = time.monotonic()
 
-    def lost(self, endpoint: Endpoint) -> None:
+    def report_loss(self, endpoint: Endpoint) -> None:
         lease = self._drop(endpoint)
         if lease is not None:
             self._lost[endpoint.weights_id] = (lease.server, lease.incarnation)
 
-    def refused(self, endpoint: Endpoint) -> None:
+    def report_refusal(self, endpoint: Endpoint) -> None:
         self._drop(endpoint)
 
     def kill(self, weights_id: str) -> None:

@@ -21,7 +21,7 @@ def free_resources() -> dict[str, float]:
     return {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
 
 
-def draining_nodes() -> set[str]:
+def find_draining_nodes() -> set[str]:
     """The ids of nodes that are about to go: a cloud takes them back, the autoscaler or an administrator ends them."""
     return set(ray._private.state.state.get_draining_nodes())  # as Ray Train does; there is no public call
 

@@ -27,7 +27,7 @@ from bt_ray.pool.leases import Lease, Returned, ServerView
 from bt_ray.pool.liveness import until_dead
 from bt_ray.pool.metrics import PoolMetrics
 from bt_ray.pool.model_server import ModelServer, Served, actor_options
-from bt_ray.pool.nodes import draining_nodes
+from bt_ray.pool.nodes import find_draining_nodes
 from bt_ray.pool.policy import Placement
 from bt_ray.pool.policy_types import Action, Ask, Fetch, Grant, Grow, Policy, Release, Revoke, Serve, State, Stop
 from bt_ray.settings.config import ServerConfig
@@ -223,7 +223,7 @@ class ServerPool:
             await asyncio.sleep(DRAIN_S)
             draining: set[str] = set()
             with contextlib.suppress(Exception):  # Ray's head is out of reach for a while; the next look tells
-                draining = await asyncio.to_thread(draining_nodes)
+                draining = await asyncio.to_thread(find_draining_nodes)
             for number, server in list(self._placement.servers.items()):
                 node = self._nodes.get(number)
                 if node in draining and not server.leaving:

@@ -92,7 +92,7 @@ def _sign_test(positive: int, of: int) -> float:
     return float(binomtest(positive, of).pvalue)
 
 
-def corrected(p_values: Sequence[float], *, tests: int | None = None) -> list[float]:
+def correct_p_values(p_values: Sequence[float], *, tests: int | None = None) -> list[float]:
     """Holm's correction (S. Holm, A simple sequentially rejective multiple test procedure, 1979), in the given order.
 
     Args:
@@ -109,7 +109,7 @@ def corrected(p_values: Sequence[float], *, tests: int | None = None) -> list[fl
     return given
 
 
-def compared(winner: Scores, others: Mapping[str, Scores], *, picked_from: int | None = None) -> dict[str, Compared]:
+def compare(winner: Scores, others: Mapping[str, Scores], *, picked_from: int | None = None) -> dict[str, Compared]:
     """The winner against each of the others.
 
     Args:
@@ -121,7 +121,7 @@ def compared(winner: Scores, others: Mapping[str, Scores], *, picked_from: int |
     mine: NDArray[np.float64] = np.asarray(winner, dtype=float)
     differences = {name: mine - np.asarray(theirs, dtype=float) for name, theirs in others.items()}
     tests = None if picked_from is None else picked_from * (picked_from - 1) // 2
-    p_values = corrected([p_value(each.tolist()) for each in differences.values()], tests=tests)
+    p_values = correct_p_values([p_value(each.tolist()) for each in differences.values()], tests=tests)
     return {
         name: Compared(100 * float(each.mean()), int((each > 0).sum()), int((each < 0).sum()), p)
         for (name, each), p in zip(differences.items(), p_values, strict=True)
@@ -199,6 +199,6 @@ def verdict(result: SweepResult) -> Verdict | None:
         return None
     candidates = len({candidate.program for candidate in result.candidates})
     picked_from = None if on_testset else candidates
-    against = compared(mine, {other.program: scores(other) for other in others}, picked_from=picked_from)
+    against = compare(mine, {other.program: scores(other) for other in others}, picked_from=picked_from)
     pairs = tuple((other, against[other.program]) for other in others)
     return Verdict(on_testset, len(mine), winner, pairs, len(scored) - len(others))

@@ -213,7 +213,7 @@ def read_report(storage: Storage, gpu_hour_price: float | None = None) -> Report
         )
     until = state.ended or state.at
     segments = tuple(_segments(storage, state.started, until))
-    trials = result.trials if result is not None else _running_trials(state, keys, finished)
+    trials = result.trials if result is not None else _read_running_trials(state, keys, finished)
     seconds = until - state.started if result is None else result.seconds
     shown = SweepResult(storage.location, trials, seconds)
     best, ranked_by = verdict(result or shown), (result or shown).valsets
@@ -243,7 +243,7 @@ def _example_files(keys: Iterable[StepKey]) -> dict[str, str]:
     return files
 
 
-def _running_trials(
+def _read_running_trials(
     state: SweepState, keys: Mapping[str, StepKey], finished: Mapping[str, FinishedStep]
 ) -> tuple[TrialResult, ...]:
     """The trials of a sweep that has no result yet, as far as their steps are finished."""

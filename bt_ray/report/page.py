@@ -29,7 +29,7 @@ def report_page(report: Report) -> str:
     loader = jinja2.FunctionLoader(lambda name: (files("bt_ray.report") / name).read_text(encoding="utf-8"))
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": percent, "cost": cost_in_words, "errors": errors_in_words}
-    ranked = ranked_nodes(report)
+    ranked = rank_nodes(report)
     plots = {
         "score-by-step": figures.score_by_step(report),
         "trie": figures.trie(report),
@@ -57,7 +57,7 @@ def report_page(report: Report) -> str:
     )
 
 
-def ranked_nodes(report: Report) -> list[Node]:
+def rank_nodes(report: Report) -> list[Node]:
     """The finished steps, the best first."""
     finished = [node for node in report.nodes.values() if node.step is not None]
     return sorted(finished, key=lambda node: -_sortable(node))

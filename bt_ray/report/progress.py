@@ -76,17 +76,17 @@ class Progress:
             case Connected(dashboard):
                 line = f"Ray's dashboard: {dashboard}" if dashboard else ""
             case TrialStarted():
-                line = f"{_named(event)}: started"
+                line = f"{_label_event(event)}: started"
             case StepFinished(_, prefix, score, best_score, seconds, loaded, _, errors):
                 name = f"step {prefix}" if prefix else "baseline"
                 took = "computed already" if loaded else f"in {seconds:.0f} s"
-                line = f"{_named(event)}: {name} {percent(score)} (best {percent(best_score)}), {took}"
+                line = f"{_label_event(event)}: {name} {percent(score)} (best {percent(best_score)}), {took}"
                 if errors:
                     line += f"; {errors_in_words(errors)}"
             case TrialLost(_, reason):
-                line = f"{_named(event)}: lost, and run again: {reason}"
+                line = f"{_label_event(event)}: lost, and run again: {reason}"
             case TrialEnded(_, error):
-                line = f"{_named(event)}: ended early: {error}" if error else ""
+                line = f"{_label_event(event)}: ended early: {error}" if error else ""
             case ServerChanged(server, state, weights_id, holder, detail):
                 by = f" for {holder}" if holder else ""
                 line = f"server {server}: {state} {weights_id or ''}{by}{', ' + detail if detail else ''}"
@@ -104,5 +104,5 @@ class Progress:
             return Group(stage, trial_table(self._state), "", server_table(self._state))
 
 
-def _named(event: OfATrial) -> str:
+def _label_event(event: OfATrial) -> str:
     return f'strategy "{event.strategy}"{f" [{event.variant}]" if event.variant else ""}'

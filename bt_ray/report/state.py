@@ -77,7 +77,7 @@ def step_lines(done: int, of: int, new: int, seconds: float, left: float | None,
     return lines
 
 
-def waiting_lines(waiting: Mapping[str, float], state: SweepState) -> list[str]:
+def describe_waits(waiting: Mapping[str, float], state: SweepState) -> list[str]:
     """Which trials wait for a server, for how long (seconds), and why none is there."""
     placing = [server.detail for server in state.servers.values() if server.state == "placing" and server.detail]
     why = f"; a server waits for room: {placing[0]}" if placing else "; all servers are busy"

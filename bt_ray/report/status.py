@@ -9,7 +9,7 @@ from typing import Any
 from bt_ray.errors import ConfigError
 from bt_ray.layout import CONFIG, EVENTS, STATUS
 from bt_ray.report.plan import make_plan
-from bt_ray.report.state import step_lines, waiting_lines
+from bt_ray.report.state import describe_waits, step_lines
 from bt_ray.run_dir.run_directory import read_steps
 from bt_ray.run_dir.status_file import SweepState
 from bt_ray.run_dir.storage import Storage
@@ -47,7 +47,7 @@ class Status:
         lines = step_lines(self.finished, self.steps, self.computed, seconds, self.left_s, self.unknown)
         if self.state.dashboard and self.state.ended is None:
             lines.append(f"Ray's dashboard: {self.state.dashboard}")
-        return [*lines, *waiting_lines(self.waiting, self.state)]
+        return [*lines, *describe_waits(self.waiting, self.state)]
 
     def to_json(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in ("now", "finished", "steps", "computed", "left_s", "unknown")}

@@ -72,7 +72,7 @@ def errors_in_words(errors: Mapping[str, int]) -> str:
     return f"{sum(errors.values())} examples scored 0 for an error: {first}{others}"
 
 
-def closing_lines(result: SweepResult) -> list[str]:
+def summary_lines(result: SweepResult) -> list[str]:
     """The winner in words."""
     if result.best is None:
         return ["No strategy got as far as its baseline."]

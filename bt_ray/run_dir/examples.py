@@ -41,7 +41,7 @@ def _digest_of_examples(baseline: StepKey) -> str:
 
 def keep_examples(storage: Storage, file: str, valset: "Sequence[dspy.Example]") -> None:
     """Keep the first examples of a valset, as far as a page can show them."""
-    storage.write_json(file, [asdict(_kept(example)) for example in valset[:MOST_EXAMPLES]])
+    storage.write_json(file, [asdict(_make_kept_example(example)) for example in valset[:MOST_EXAMPLES]])
 
 
 def read_examples(storage: Storage, file: str) -> tuple[KeptExample, ...]:
@@ -52,7 +52,7 @@ def read_examples(storage: Storage, file: str) -> tuple[KeptExample, ...]:
         return ()
 
 
-def _kept(example: "dspy.Example") -> KeptExample:
+def _make_kept_example(example: "dspy.Example") -> KeptExample:
     fields = example.items()
     inputs = ((name, value) for name, value in fields if name in example._input_keys)
     labels = ((name, value) for name, value in fields if name not in example._input_keys)

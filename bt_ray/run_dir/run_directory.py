@@ -49,13 +49,13 @@ def _refuse_changes(storage: Storage, theirs: Mapping[str, Any], keys: Mapping[s
         raise ConfigError(
             f"run_dir: the keys of the finished steps in {storage.location} are of another kind "
             f"({_kind(theirs[affected[0]])}) than those of this version of bt_ray ({KIND}), so none of these steps is "
-            f"used again: {_shown(affected)}. Choose another directory with --run-dir, or compute them again with "
+            f"used again: {_list_prefixes(affected)}. Choose another directory with --run-dir, or compute them again with "
             "--accept-changes."
         )
     valid = [prefix for prefix in both if prefix not in affected]
     raise ConfigError(
         f"run_dir: {storage.location} is of another sweep, or something changed since: {_changes(theirs, keys, affected)}. "
-        f"That affects the finished steps {_shown(affected)}{f' but not {_shown(valid)}' if valid else ''}. "
+        f"That affects the finished steps {_list_prefixes(affected)}{f' but not {_list_prefixes(valid)}' if valid else ''}. "
         "Choose another directory with --run-dir, or compute them again with --accept-changes."
     )
 
@@ -86,7 +86,7 @@ def _different(theirs: Mapping[str, str], ours: Mapping[str, str]) -> set[str]:
     return {name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)}
 
 
-def _shown(prefixes: Sequence[str]) -> str:
+def _list_prefixes(prefixes: Sequence[str]) -> str:
     return ", ".join(f'"{prefix}"' if prefix else "the baseline" for prefix in prefixes)
 
 

@@ -103,7 +103,7 @@ class StepStore:
         """The finished step of a key in whose folder these are."""
         folder = f"{STEPS}/{key}"
         for name in sorted((name for name in names if name.startswith("manifest-")), reverse=True):
-            step = _parsed(self.storage.read_json(f"{folder}/{name}"))
+            step = _parse(self.storage.read_json(f"{folder}/{name}"))
             if step is not None and step.key == key and self.storage.read_json(step.program) is not None:
                 return step
             logger.warning("%s/%s/%s is not usable: the step counts as not computed", self.storage.location, folder, name)
@@ -175,7 +175,7 @@ def attempt_name(fence: int) -> str:
     return f"{fence:012d}-{secrets.token_hex(3)}"
 
 
-def _parsed(values: Any) -> FinishedStep | None:
+def _parse(values: Any) -> FinishedStep | None:
     if not isinstance(values, dict) or values.pop("schema_version", None) != SCHEMA_VERSION:
         return None
     try:

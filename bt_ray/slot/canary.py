@@ -107,7 +107,7 @@ def difference(canary: Canary, answered: Sequence[Sequence[float]], tolerance: f
     return None
 
 
-def changed(before: Sequence[Sequence[float]], now: Sequence[Sequence[float]], platform: str) -> str | None:
+def describe_change(before: Sequence[Sequence[float]], now: Sequence[Sequence[float]], platform: str) -> str | None:
     """Where an engine's answers differ from earlier ones of an engine of this platform, None if they do not."""
     noise = NOISE[platform.partition(":")[0]]
     for number, (rows, answered) in enumerate(zip(before, now, strict=True)):

@@ -10,7 +10,7 @@ from typing import Any
 from bt_ray.errors import ServerError, StorageError
 from bt_ray.layout import CANARIES
 from bt_ray.run_dir.storage import Storage
-from bt_ray.slot.canary import FIXED_SEQUENCES, TOLERANCE, Canary, changed, difference
+from bt_ray.slot.canary import FIXED_SEQUENCES, TOLERANCE, Canary, describe_change, difference
 from bt_ray.slot.serving.server import ServerProcess
 from bt_ray.weights import MANIFEST, Weights
 
@@ -95,7 +95,7 @@ class KnownAnswers:
         before = expected.by_platform.get(platform)
         if before is None:
             return False
-        if (wrong := changed(before, answered, platform)) is not None:
+        if (wrong := describe_change(before, answered, platform)) is not None:
             raise Unverified(f"it does not answer as the weights {expected.weights_id} did before: {wrong}")
         return True
 

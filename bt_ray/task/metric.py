@@ -23,7 +23,7 @@ FILTER_BY_METRIC = (BootstrapFewShot, BootstrapFewShotWithRandomSearch, MIPROv2,
 """Optimizers that keep the examples for which the metric's value is true."""
 
 
-def awaited(metric: Metric) -> Metric:
+def make_synchronous(metric: Metric) -> Metric:
     """`metric` as a plain function: a coroutine function is awaited in an event loop of the calling thread's own."""
     if not is_async(metric):
         return metric
@@ -71,7 +71,7 @@ def adapt_metric(optimizer: Teleprompter) -> None:
     for name in ATTRIBUTES:
         metric = getattr(optimizer, name, None)
         if callable(metric):
-            plain = refuse_non_finite(awaited(metric))
+            plain = refuse_non_finite(make_synchronous(metric))
             setattr(optimizer, name, _score_alone(plain) if isinstance(optimizer, FILTER_BY_METRIC) else plain)
 
 

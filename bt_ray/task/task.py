@@ -19,7 +19,7 @@ from dspy.teleprompt.bootstrap_finetune import FinetuneTeleprompter
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from bt_ray.errors import TaskError, nearest
-from bt_ray.task.metric import adapt_metric, awaited
+from bt_ray.task.metric import adapt_metric, make_synchronous
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def load_task(source: str | TaskFunction, args: Mapping[str, Any] | None = None)
     if not isinstance(task, Task):
         raise TaskError(f"{spec} must return a bt_ray.Task, it returned {type(task).__name__}.")
     check_task(task, spec)
-    return replace(task, metric=awaited(task.metric))
+    return replace(task, metric=make_synchronous(task.metric))
 
 
 def _import_task(spec: str) -> Any:

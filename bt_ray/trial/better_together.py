@@ -143,13 +143,13 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
     ) -> tuple[dspy.Module, float | None, bool, bool]:
         def compute() -> StepOutcome:
             given = (student.deepcopy(), teacher, trainset, valset)
-            return self._computed(current_strategy, given, rest)
+            return self._compute(current_strategy, given, rest)
 
         best_before = max((candidate["score"] or 0.0 for candidate in candidate_programs), default=0.0)
         lms_before = [predictor.lm for predictor in student.predictors()]
         try:
             with self._step(current_strategy):
-                outcome = self._kept(current_strategy, compute)
+                outcome = self._load_or_compute(current_strategy, compute)
         except Exception as error:
             self.failure = failure_of(error)
             raise
@@ -157,7 +157,7 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         is_new_best = outcome.score is not None and outcome.score >= best_before
         return outcome.program, outcome.score, is_new_best, self._models_changed(outcome.program, lms_before)
 
-    def _kept(self, prefix: str, compute: Callable[[], StepOutcome]) -> StepOutcome:
+    def _load_or_compute(self, prefix: str, compute: Callable[[], StepOutcome]) -> StepOutcome:
         """The step as it is on the store, computed if it is not there yet; again if infrastructure was lost meanwhile."""
 
         def attempt() -> StepOutcome:
@@ -174,7 +174,7 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
             return self._latch.retried(lambda: claim.commit(outcome), self._retries, f"{name}, whose result is kept,")
         raise AssertionError("a claim does not swallow exceptions")
 
-    def _computed(self, prefix: str, given: tuple[Any, ...], rest: tuple[Any, ...]) -> StepOutcome:
+    def _compute(self, prefix: str, given: tuple[Any, ...], rest: tuple[Any, ...]) -> StepOutcome:
         """Compile and evaluate with DSPy's own step.
 
         Args:
@@ -215,7 +215,7 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         provide_traceback: bool | None,
     ) -> float | None:
         def evaluate() -> float | None:
-            return self._evaluated(program, valset, num_threads, effective_max_errors, provide_traceback)
+            return self._evaluate(program, valset, num_threads, effective_max_errors, provide_traceback)
 
         def baseline() -> StepOutcome:
             started = time.time()
@@ -225,9 +225,9 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
                 raise _not_kept("The task", error) from error
             return self._outcome(BASELINE, program, score, started)
 
-        return self._kept(BASELINE, baseline).score if self._running == BASELINE else evaluate()
+        return self._load_or_compute(BASELINE, baseline).score if self._running == BASELINE else evaluate()
 
-    def _evaluated(
+    def _evaluate(
         self,
         program: dspy.Module,
         valset: list[dspy.Example] | None,

@@ -82,7 +82,7 @@ class LocalEvaluator:
         errors: list[str] = []
         evaluate = dspy.Evaluate(
             devset=list(examples),
-            metric=told(refuse_non_finite(self._metric), self._latch, errors),
+            metric=report_lost_answers(refuse_non_finite(self._metric), self._latch, errors),
             num_threads=limits.num_threads,
             max_errors=limits.max_errors,
             display_table=False,
@@ -93,11 +93,11 @@ class LocalEvaluator:
         try:
             # A metric that asks a model must not be judged by the student.
             with dspy.context(lm=self._ambient_lm, callbacks=[*others, LostAnswers(self._latch)]):
-                result = evaluate(told(program, self._latch, errors))
+                result = evaluate(report_lost_answers(program, self._latch, errors))
         except Exception as error:
             self._latch.check()
             if "Execution cancelled" in str(error):
-                raise stopped(limits, error) from error
+                raise explain_stop(limits, error) from error
             raise
         return _finite(Scores(tuple(float(score) for _, _, score in result.results), tuple(errors)))
 
@@ -110,7 +110,7 @@ def _finite(scores: Scores) -> Scores:
     return scores
 
 
-def told(call: Callable[..., Any], latch: FailureLatch, errors: list[str]) -> Callable[..., Any]:
+def report_lost_answers(call: Callable[..., Any], latch: FailureLatch, errors: list[str]) -> Callable[..., Any]:
     """A program or a metric for an evaluation, whose lost answers reach the latch: DSPy would score the example 0 for them.
 
     What else it raises, for which the example scores 0, is added to `errors`.
@@ -150,7 +150,7 @@ class LostAnswers(BaseCallback):  # type: ignore[misc]
     on_lm_start, on_lm_end = on_module_start, on_module_end
 
 
-def stopped(limits: Limits, error: Exception | None = None) -> TaskError:
+def explain_stop(limits: Limits, error: Exception | None = None) -> TaskError:
     """The error for an evaluation with too many failed examples, which DSPy calls cancelled: it says what to do."""
     said = f" DSPy says: {error}" if error is not None else ""
     return TaskError(

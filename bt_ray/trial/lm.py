@@ -129,7 +129,7 @@ class ServedEngine:
             attempt = self.latch.attempt
         weights_id = request.model.removeprefix(MODEL_PREFIX)
         try:
-            response = self._answered(request, weights_id)
+            response = self._request_answer(request, weights_id)
         except InfrastructureError as error:
             lost = ServerError(f"No server answered for weights {weights_id}: {error}")
             lost.__cause__ = error
@@ -142,7 +142,7 @@ class ServedEngine:
         with self._lock:
             self.usage = self.usage.plus(usage)
 
-    def _answered(self, request: Request, weights_id: str) -> Response:
+    def _request_answer(self, request: Request, weights_id: str) -> Response:
         """The answer, by whatever server serves the weights now; asked for again when a server is lost, or goes away."""
         refusals = failures = 0
         while True:
@@ -153,11 +153,11 @@ class ServedEngine:
                 except LM15Error as error:
                     if is_refusal(error) and refusals < REFUSALS:
                         refusals += 1
-                        self.models.refused(endpoint)
+                        self.models.report_refusal(endpoint)
                         continue
                     if not is_lost_answer(error):
                         raise _as_context_error(error) from None
-                    self.models.lost(endpoint)
+                    self.models.report_loss(endpoint)
                     if failures == self._retries:
                         raise ServerError(str(error)) from error
             time.sleep(min(FIRST_WAIT_S * 2**failures, LONGEST_WAIT_S))
@@ -256,7 +256,7 @@ class ServedProvider(Provider):  # type: ignore[misc]
         return f"{MODEL_PREFIX}{weights.id}"
 
 
-def served_lm(weights: Weights, engine: ServedEngine, sampling: LMConfig) -> ServedLM:
+def make_served_lm(weights: Weights, engine: ServedEngine, sampling: LMConfig) -> ServedLM:
     """The LM for `weights`, with an engine that its later versions share."""
     return ServedLM(
         f"{MODEL_PREFIX}{weights.id}",

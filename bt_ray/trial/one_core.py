@@ -46,7 +46,7 @@ def one_core() -> Iterator[None]:
         while not ended.wait(LOOK_S):
             with contextlib.suppress(OSError):  # a sandbox forbids it: then the process stays where it is
                 wants_one = decision.after(time.monotonic(), time.process_time())
-                core = running_core() if wants_one and not decision.on_one else None
+                core = find_running_core() if wants_one and not decision.on_one else None
                 if not wants_one and decision.on_one:
                     keep_on(all_cores)
                 elif core is not None:
@@ -100,7 +100,7 @@ def keep_on(cores: set[int]) -> None:
             os.sched_setaffinity(int(thread.name), cores)
 
 
-def running_core() -> int | None:
+def find_running_core() -> int | None:
     """A core on which a thread of this process computes, beside the calling one."""
     for thread in THREADS.iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended

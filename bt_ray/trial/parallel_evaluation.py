@@ -191,11 +191,11 @@ class SpreadEvaluator:
         self._start()
 
     def scores(self, program: "dspy.Module", examples: "Sequence[dspy.Example]", limits: "Limits") -> "Scores":
-        from bt_ray.trial.evaluation import Scores, stopped
+        from bt_ray.trial.evaluation import Scores, explain_stop
 
         self._start()
         self._hosted.give_back()  # what this process has may be what the others ask for
-        parts = spread(examples, 1 + len(self._others))
+        parts = split_examples(examples, 1 + len(self._others))
         threads = shares(limits.num_threads or self._setup.config.num_threads, len(parts))
         bounds = [replace(limits, num_threads=share) for share in threads]
         saved = SavedProgram.of(program, self._program, self._hosted.weights)
@@ -216,8 +216,8 @@ class SpreadEvaluator:
             raise
         errors = tuple(error for scores in found for error in scores.errors)
         if len(errors) >= limits.most_errors:
-            raise stopped(limits)
-        return Scores(gathered([scores.of_examples for scores in found]), errors)
+            raise explain_stop(limits)
+        return Scores(gather([scores.of_examples for scores in found]), errors)
 
     def close(self) -> None:
         """End the other processes."""
@@ -256,12 +256,12 @@ def _answer(promise: Any) -> Any:
         raise error.cause from error
 
 
-def spread(examples: Sequence[T], parts: int) -> list[Sequence[T]]:
+def split_examples(examples: Sequence[T], parts: int) -> list[Sequence[T]]:
     """The examples in so many parts, as equal as can be, none of them empty."""
     return [examples[number::parts] for number in range(min(parts, len(examples)))]
 
 
-def gathered(parts: Sequence[Sequence[T]]) -> tuple[T, ...]:
+def gather(parts: Sequence[Sequence[T]]) -> tuple[T, ...]:
     """What was found for the examples of each part of `spread`, in the order of the examples."""
     return tuple(parts[n % len(parts)][n // len(parts)] for n in range(sum(map(len, parts))))
 

@@ -11,7 +11,7 @@ from bt_ray.errors import TaskError
 from bt_ray.settings.config import SweepConfig
 from bt_ray.settings.toml import looks_like_path
 from bt_ray.slot.base_models import base_weights
-from bt_ray.trial.lm import MODEL_PREFIX, ServedEngine, ServedLM, assign_lm, served_lm
+from bt_ray.trial.lm import MODEL_PREFIX, ServedEngine, ServedLM, assign_lm, make_served_lm
 from bt_ray.weights import Weights, model_name
 
 
@@ -48,7 +48,7 @@ class ServedModels:
         weights = self._known[model]
         self.bases[weights.id] = weights
         self.engine.models.add(weights)
-        return served_lm(weights, self.engine, sampling)
+        return make_served_lm(weights, self.engine, sampling)
 
     def version(self, weights: Weights, of: dspy.LM | None) -> ServedLM:
         """An LM for given weights, which samples as the LM `of` does whose version it is."""
@@ -56,7 +56,7 @@ class ServedModels:
         if isinstance(of, ServedLM):
             copied: ServedLM = of.copy(model=f"{MODEL_PREFIX}{weights.id}")
             return copied
-        return served_lm(weights, self.engine, self._config.lm)
+        return make_served_lm(weights, self.engine, self._config.lm)
 
     def assign_student(self, program: dspy.Module) -> None:
         """Give the sweep's model to every predictor of `program` that has no LM.

@@ -97,7 +97,7 @@ class KeptSteps:
             fence = granted
             claim = KeptClaim(self, key, fence)
             if fence is None:
-                claim.finished = self.outcome(self._finished(key), loaded=True)
+                claim.finished = self.outcome(self._read_finished(key), loaded=True)
             else:
                 self._on_claim(prefix)
             yield claim
@@ -140,7 +140,7 @@ class KeptSteps:
             api_models=api_models_of(outcome.program),
             program=self._store.write_program(key.key, attempt, program_state(outcome.program, self._program)),
             requests=usage.requests,
-            versions=installed_versions(),
+            versions=read_installed_versions(),
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
             cut_off=usage.cut_off,
@@ -156,7 +156,7 @@ class KeptSteps:
     def usage(self) -> Usage:
         return self._models.engine.usage
 
-    def _finished(self, key: StepKey) -> FinishedStep:
+    def _read_finished(self, key: StepKey) -> FinishedStep:
         deadline = time.monotonic() + VISIBLE_S
         while (step := self._store.read(key.key)) is None:
             if time.monotonic() > deadline:
@@ -209,7 +209,7 @@ class KeptClaim:
         return self.steps.outcome(self._committed, loaded=False)
 
 
-def installed_versions() -> dict[str, str]:
+def read_installed_versions() -> dict[str, str]:
     """The versions of what computes a step, as far as it is installed here."""
     return {name: found for name, found in versions(VERSIONED).items() if found}
 

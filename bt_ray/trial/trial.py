@@ -124,7 +124,7 @@ Tested = tuple[float, tuple[float, ...]]
 """A program's score, in percent, and the metric's value for each example."""
 
 
-def tested(candidates: Mapping[str, tuple[TrialSetup, Candidate]], at_once: int) -> Iterator[tuple[str, Tested]]:
+def run_tests(candidates: Mapping[str, tuple[TrialSetup, Candidate]], at_once: int) -> Iterator[tuple[str, Tested]]:
     """The scores of candidates on the testset, by name, as they come.
 
     Args:
@@ -140,7 +140,7 @@ def tested(candidates: Mapping[str, tuple[TrialSetup, Candidate]], at_once: int)
     while waiting or running:
         while waiting and len(running) < at_once:
             name, (setup, candidate) = waiting.pop(0)
-            evaluation, room = _placed(setup)
+            evaluation, room = _place_test(setup)
             running[evaluation.score.remote(setup, candidate)] = (name, evaluation, room)
         (done,), _ = ray.wait(list(running))
         name, _, room = running.pop(done)
@@ -157,7 +157,7 @@ def tested(candidates: Mapping[str, tuple[TrialSetup, Candidate]], at_once: int)
         raise lost
 
 
-def _placed(setup: TrialSetup) -> tuple[Any, PlacementGroup]:
+def _place_test(setup: TrialSetup) -> tuple[Any, PlacementGroup]:
     """An actor for a test, and the room for all its processes, as Ray Tune makes it for a trial."""
     trial = setup.config.trial
     room = placement_group([{"CPU": trial.cpus}] * trial.processes)

@@ -24,7 +24,7 @@ from bt_ray.task.task import TaskFunction, load_task
 from bt_ray.trial.lm import ServedEngine
 from bt_ray.trial.program_lms import ServedModels, assign_versions, serving
 from bt_ray.trial.program_state import load_state
-from bt_ray.trial.steps import installed_versions
+from bt_ray.trial.steps import read_installed_versions
 from bt_ray.weights import Weights, find_hub_models
 from bt_ray.winner.local_models import LocalModels
 from bt_ray.winner.remote_models import RemoteModels
@@ -45,7 +45,7 @@ def keep_best(best: Candidate, storage: Storage, bases: Mapping[str, Weights], c
         "weights": weights,
         "revisions": {id_: bases[id_].revision for id_ in weights if id_ in bases and bases[id_].revision is not None},
         "config": config.without_secrets(),
-        "versions": installed_versions(),
+        "versions": read_installed_versions(),
     }
     with Scratch("best") as scratch:
         folder = scratch.folder / BEST
@@ -99,7 +99,7 @@ def find_best(folder: str | Path) -> Kept:
         raise ConfigError(f"{folder} is neither a run directory with a best program nor its `best` folder.")
     config = make_config(manifest["config"], source=f"{folder}/{BEST_MANIFEST}")
     commits = manifest.get("revisions", {})
-    weights = {id_: _found(storage, id_, path, commits.get(id_)) for id_, path in manifest["weights"].items()}
+    weights = {id_: _find_weights(storage, id_, path, commits.get(id_)) for id_, path in manifest["weights"].items()}
     return Kept(storage, name, manifest, config, weights)
 
 
@@ -155,7 +155,7 @@ def _engine(models: Models, config: SweepConfig) -> ServedEngine:
     )
 
 
-def _found(storage: Storage, weights_id: str, path: str, revision: str | None) -> Weights:
+def _find_weights(storage: Storage, weights_id: str, path: str, revision: str | None) -> Weights:
     """The weights of a manifest. Those of the sweep are kept relative to `best`, so that a run directory can move."""
     if path.startswith(".."):
         return StepStore(storage).read_weights(weights_id)

@@ -49,11 +49,11 @@ class LocalModels:
                 self._servers[weights.base] = _Server(name, self._server_config.of(weights.model), self._storage)
             return self._servers[weights.base]
 
-    def lost(self, endpoint: Endpoint) -> None:
-        self.server(self._weights[endpoint.weights_id]).lost(endpoint)
+    def report_loss(self, endpoint: Endpoint) -> None:
+        self.server(self._weights[endpoint.weights_id]).report_loss(endpoint)
 
-    def refused(self, endpoint: Endpoint) -> None:
-        self.lost(endpoint)
+    def report_refusal(self, endpoint: Endpoint) -> None:
+        self.report_loss(endpoint)
 
     def kill(self, weights_id: str) -> None:
         """Stop the server; the next request starts it again."""
@@ -99,7 +99,7 @@ class _Server:
                 self._in_flight -= 1
                 self._changed.notify_all()
 
-    def lost(self, endpoint: Endpoint) -> None:
+    def report_loss(self, endpoint: Endpoint) -> None:
         if self._endpoint == endpoint:
             self._endpoint = None
 

@@ -39,10 +39,10 @@ class RemoteModels:
     def request(self, weights_id: str) -> Iterator[Endpoint]:
         yield self._endpoints[weights_id]
 
-    def lost(self, endpoint: Endpoint) -> None:
+    def report_loss(self, endpoint: Endpoint) -> None:
         """Nothing: whoever runs the server starts it again at the same address."""
 
-    def refused(self, endpoint: Endpoint) -> None:
+    def report_refusal(self, endpoint: Endpoint) -> None:
         """Nothing."""
 
     def kill(self, weights_id: str) -> None:

@@ -28,7 +28,7 @@ from bt_ray.slot.base_models import base_weights, content_digest
 from bt_ray.slot.canary import TOLERANCE, TOLERANCE_FLOAT32
 from bt_ray.slot.serving.server import ServerProcess
 from bt_ray.slot.slot import Slot
-from bt_ray.trial.lm import ServedEngine, served_lm
+from bt_ray.trial.lm import ServedEngine, make_served_lm
 from bt_ray.weights import Weights
 
 pytestmark = pytest.mark.timeout(600)
@@ -206,7 +206,7 @@ def check_prompt_that_does_not_fit(endpoint: Endpoint, base: Weights) -> None:
 
     engine = ServedEngine(Here(), None, retries=0, timeout_s=60, max_connections=1)  # type: ignore[arg-type]
     with pytest.raises(dspy.ContextWindowExceededError, match="maximum context length"):
-        served_lm(base, engine, LMConfig(max_tokens=1))("word " * 1000)
+        make_served_lm(base, engine, LMConfig(max_tokens=1))("word " * 1000)
 
 
 def check_refusals(endpoint: Endpoint, weights_id: str) -> None:

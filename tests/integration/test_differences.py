@@ -24,7 +24,7 @@ from bt_ray.errors import InfrastructureFailure, TaskError
 from bt_ray.settings.config import make_config
 from bt_ray.trial.better_together import drop_traced_forward
 from bt_ray.trial.failure_latch import FailureLatch
-from bt_ray.trial.lm import ServedEngine, ServedLM, assign_lm, served_lm
+from bt_ray.trial.lm import ServedEngine, ServedLM, assign_lm, make_served_lm
 
 
 def walk(task: bt_ray.Task, lm: ServedLM, strategy: str, **arguments: Any) -> SoleWalk:
@@ -121,7 +121,7 @@ def test_a_lost_server_is_no_score(settings: dict[str, Any], tmp_path: Path) -> 
 
     # bt_ray: the failure goes through DSPy, and ends the trial.
     engine = ServedEngine(models, FailureLatch(), retries=1, timeout_s=5, max_connections=10)
-    served = served_lm(models.base, engine, make_config(gone).lm)
+    served = make_served_lm(models.base, engine, make_config(gone).lm)
     task = tasks.double(optimizers=lambda ctx: {"p": tasks.Demos()}, optimizer_compile_args={})
     with pytest.raises(InfrastructureFailure, match="the engine found no memory"):
         walk(task, served, "p", max_errors=1000)
@@ -131,7 +131,7 @@ def test_a_lost_server_is_no_score(settings: dict[str, Any], tmp_path: Path) -> 
     assign_lm(task.program, nobody)
     engine = ServedEngine(models, FailureLatch(), retries=1, timeout_s=5, max_connections=10)
     with pytest.raises(InfrastructureFailure, match="refused"):
-        walk(task, served_lm(models.base, engine, make_config(gone).lm), "p", max_errors=1000)
+        walk(task, make_served_lm(models.base, engine, make_config(gone).lm), "p", max_errors=1000)
 
 
 @pytest.mark.parametrize("optimizer", ["gepa", "simba"])

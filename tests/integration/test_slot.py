@@ -21,7 +21,7 @@ from bt_ray.slot.base_models import base_weights
 from bt_ray.slot.child import ChildProcess
 from bt_ray.slot.slot import Slot
 from bt_ray.trial.failure_latch import FailureLatch
-from bt_ray.trial.lm import ServedEngine, served_lm
+from bt_ray.trial.lm import ServedEngine, make_served_lm
 from bt_ray.weights import Weights
 from bt_ray.winner.local_models import LocalModels
 
@@ -113,7 +113,7 @@ def test_a_proxy_is_never_asked(config: SweepConfig, base: Weights, tmp_path: Pa
         monkeypatch.delenv(name, raising=False)
     models = LocalModels({base.id: base}, config.server, open_storage(str(tmp_path)))
     engine = ServedEngine(models, FailureLatch(), retries=0, timeout_s=20, max_connections=4)
-    assert "wrong" in served_lm(base, engine, config.lm)("number 9")[0]
+    assert "wrong" in make_served_lm(base, engine, config.lm)("number 9")[0]
     models.kill(base.id)
 
 
@@ -122,7 +122,7 @@ def test_without_a_sweep_a_lost_server_is_an_ordinary_error_and_may_come_back(
 ) -> None:
     server = config.server.model_copy(update={"env": {"SCRIPTED_START": "die"}})
     models = LocalModels({base.id: base}, server, open_storage(str(tmp_path)))
-    lm = served_lm(base, ServedEngine(models, None, retries=0, timeout_s=20, max_connections=4), config.lm)
+    lm = make_served_lm(base, ServedEngine(models, None, retries=0, timeout_s=20, max_connections=4), config.lm)
     with pytest.raises(Exception, match="the engine found no memory"):
         lm("number 9")
     del server.env["SCRIPTED_START"]
@@ -137,7 +137,7 @@ def test_each_base_model_of_a_loaded_program_keeps_a_server_of_its_own(
     other = base_weights(str(tmp_path / "other"), {})
     models = LocalModels({base.id: base, other.id: other}, config.server, open_storage(str(tmp_path / "run")))
     engine = ServedEngine(models, None, retries=0, timeout_s=20, max_connections=4)
-    lms = [served_lm(weights, engine, config.lm) for weights in (base, other)]
+    lms = [make_served_lm(weights, engine, config.lm) for weights in (base, other)]
     pids = set()
     for number in (7, 8, 9):
         assert ["wrong" in lm(f"number {number}", cache=False)[0] for lm in lms] == [True, number == 9]

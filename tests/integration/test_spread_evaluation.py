@@ -15,7 +15,7 @@ from support.processes import MarkedProcesses, wait_for
 import bt_ray
 from bt_ray.run_dir.run_directory import read_steps
 from bt_ray.run_dir.storage import open_storage
-from bt_ray.trial.parallel_evaluation import gathered, shares, spread
+from bt_ray.trial.parallel_evaluation import gather, shares, split_examples
 
 THREE = {"processes": 3}
 
@@ -30,8 +30,8 @@ def scores_of(result: bt_ray.SweepResult) -> list[Any]:
 
 @given(st.lists(st.integers()), st.integers(1, 9))
 def test_parts_are_about_equal_and_come_together_in_order(examples: list[int], parts: int) -> None:
-    found = spread(examples, parts)
-    assert list(gathered(found)) == examples
+    found = split_examples(examples, parts)
+    assert list(gather(found)) == examples
     sizes = [len(part) for part in found]
     assert not sizes or (min(sizes) > 0 and max(sizes) - min(sizes) <= 1)
 

@@ -9,7 +9,7 @@ from bt_ray.run_dir.storage import open_storage
 from bt_ray.settings.config import SweepConfig, override_train
 from bt_ray.slot.base_models import base_weights
 from bt_ray.trial.failure_latch import FailureLatch
-from bt_ray.trial.lm import ServedEngine, ServedLM, served_lm
+from bt_ray.trial.lm import ServedEngine, ServedLM, make_served_lm
 from bt_ray.weights import Weights
 from bt_ray.winner.local_models import LocalModels
 
@@ -34,4 +34,4 @@ class SlotModels(LocalModels):
 
     def lm(self) -> ServedLM:
         engine = ServedEngine(self, FailureLatch(), retries=1, timeout_s=30, max_connections=100)
-        return served_lm(self.base, engine, self._config.lm)
+        return make_served_lm(self.base, engine, self._config.lm)

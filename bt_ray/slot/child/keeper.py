@@ -45,11 +45,11 @@ def main() -> None:
     shared: set[str] = set()
     while not readable:
         readable, _, _ = select.select([pidfd, sys.stdin.fileno()], [], [], LOOK_S)
-        shared |= shared_memory(began, child.pid)
+        shared |= find_shared_memory(began, child.pid)
     if pidfd not in readable:
         signal_group(child.pid, signal.SIGTERM)
         select.select([pidfd], [], [], grace_s)
-        shared |= shared_memory(began, child.pid)
+        shared |= find_shared_memory(began, child.pid)
     signal_group(child.pid, signal.SIGKILL)
     status = child.wait()
     kill_descendants()
@@ -110,7 +110,7 @@ def kill_descendants() -> None:
             os.waitpid(-1, 0)
 
 
-def shared_memory(began: float, child: int) -> set[str]:
+def find_shared_memory(began: float, child: int) -> set[str]:
     """The files in shared memory that the child and its descendants made, `began` being when it was started.
 
     They are those that a process which still lives has mapped, and semaphores that are named after a process.

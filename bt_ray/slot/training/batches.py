@@ -48,10 +48,10 @@ class BatchesByLength:
 def worth_sorting(lengths: Sequence[int], batch_size: int) -> bool:
     """Whether batches in a random order have much padding."""
     draw = random.Random(0)  # noqa: S311 - an order, no secret
-    return padding([lengths[index] for index in random_order(len(lengths), draw)], batch_size) >= WORTH
+    return padding_share([lengths[index] for index in random_order(len(lengths), draw)], batch_size) >= WORTH
 
 
-def padding(lengths: Sequence[int], batch_size: int) -> float:
+def padding_share(lengths: Sequence[int], batch_size: int) -> float:
     """The share of what is computed that is padding, where each `batch_size` of these make a batch."""
     batches = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
     return 1 - sum(lengths) / sum(max(batch) * len(batch) for batch in batches)

@@ -29,7 +29,7 @@ class IdleCores(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, own: int) -> None:
         self._own = own
-        self._cores = allowed_cores()
+        self._cores = find_allowed_cores()
         self._most = own if has_quota() else max(own, min(len(self._cores), MOST_THREADS))
         self._then = _read_times(self._cores)
 
@@ -59,7 +59,7 @@ def threads_for(threads: int, own: int, most: int, *, used: float, idle: float) 
     return min(most, threads + int(idle + 1 - IDLE))
 
 
-def allowed_cores() -> list[int]:
+def find_allowed_cores() -> list[int]:
     """The cores that this process may run on."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 

@@ -58,7 +58,10 @@ def main() -> None:
         model = _save_model(trainer.accelerator.unwrap_model(trainer.model), job, kept_in)
         tokenizer.save_pretrained(job.output_dir)
         canary = make_canary(sequences, completions, token_logprobs(model, sequences), parents, job.dtype)
-        counts = {"conversations": len(conversations), "cut_off": cut_off(conversations, tokenizer, job.config.max_length)}
+        counts = {
+            "conversations": len(conversations),
+            "cut_off": count_cut_off(conversations, tokenizer, job.config.max_length),
+        }
         _write_manifest(job, {**counts, "canary": canary.to_json()})
 
 
@@ -87,7 +90,7 @@ def trainable_conversations(job: TrainJob, tokenizer: PreTrainedTokenizerBase) -
     return kept
 
 
-def cut_off(conversations: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+def count_cut_off(conversations: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
     """How many conversations are longer than `max_length` tokens, so that the end of their answer was not learnt."""
     wholes = [[*conversation["prompt"], *conversation["completion"]] for conversation in conversations]
     lengths = [len(tokenizer.apply_chat_template(whole, tokenize=True)["input_ids"]) for whole in wholes]

@@ -32,9 +32,9 @@ def test_what_is_suggested_is_new_possible_and_affordable(
     def suggested() -> str | None:
         search = StrategySearch(OPTIMIZERS, LENGTH, seed=1)
         for prefix, score in scores.items():
-            search.observed(prefix, score)
+            search.observe(prefix, score)
         for prefix in failed:
-            search.failed(prefix)
+            search.note_failed(prefix)
         return search.suggest(under_way, steps_left)
 
     promised = {step for strategy in under_way for step in prefixes(strategy)}
@@ -53,7 +53,7 @@ def test_what_is_suggested_is_new_possible_and_affordable(
 
 def test_trials_at_a_time_go_different_ways() -> None:
     search = StrategySearch(OPTIMIZERS, LENGTH)
-    search.observed("", 20.0)
+    search.observe("", 20.0)
     under_way: list[str] = []
     while (strategy := search.suggest(under_way)) is not None:
         under_way.append(strategy)
@@ -63,14 +63,14 @@ def test_trials_at_a_time_go_different_ways() -> None:
 
 def test_what_was_observed_is_believed_more_and_its_neighbours_with_it() -> None:
     search = StrategySearch(OPTIMIZERS, LENGTH)
-    search.observed("", 20.0)
-    _, doubt = search.expected("p")
+    search.observe("", 20.0)
+    _, doubt = search.expect("p")
     for prefix, score in {"p": 40.0, "p -> p": 45.0, "w": 10.0, "w -> w": 8.0}.items():
-        search.observed(prefix, score)
-    mean, sure = search.expected("p")
+        search.observe(prefix, score)
+    mean, sure = search.expect("p")
     assert mean == pytest.approx(40, abs=4)
     assert sure < doubt / 2
-    assert search.expected("p -> p -> p")[0] > search.expected("w -> w -> w")[0] + 10
+    assert search.expect("p -> p -> p")[0] > search.expect("w -> w -> w")[0] + 10
     assert search.best() in ("p", "p -> p")
     assert (search.suggest() or "").startswith("p -> ")
 
@@ -80,7 +80,7 @@ def test_a_lucky_score_counts_for_less_than_what_its_neighbours_support() -> Non
     supported = {"p": 60.0, "p -> w": 60.0, "p -> p": 60.0, "p -> w -> w": 60.0, "p -> w -> p": 60.0}
     lucky = {"w": 30.0, "w -> w": 62.0, "w -> w -> w": 30.0, "w -> w -> p": 30.0}
     for prefix, score in {"": 30.0, **supported, **lucky}.items():
-        search.observed(prefix, score)
+        search.observe(prefix, score)
     assert search.best() in supported
 
 
@@ -90,7 +90,7 @@ def test_scores_that_are_all_alike_are_no_reason_to_stop() -> None:
     while (strategy := search.suggest()) is not None:
         walked.append(strategy)
         for prefix in prefixes(strategy):
-            search.observed(prefix, 0.0)
+            search.observe(prefix, 0.0)
     assert {step for strategy in walked for step in prefixes(strategy)} == set(every(OPTIMIZERS, 2))
 
 

@@ -11,8 +11,8 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from bt_ray.report.comparison import compared, corrected, interval, p_value, verdict
-from bt_ray.report.table import closing_lines
+from bt_ray.report.comparison import compare, correct_p_values, interval, p_value, verdict
+from bt_ray.report.table import summary_lines
 from bt_ray.run_dir.results import Candidate, SweepResult, TrialResult
 
 RANDOM = np.random.default_rng(7)
@@ -56,12 +56,12 @@ def test_programs_that_answer_alike_have_nothing_between_them() -> None:
 @settings(max_examples=25, deadline=None)  # statsmodels takes its time
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
 def test_the_correction_is_holms(p_values: list[float]) -> None:
-    assert corrected(p_values) == pytest.approx(multipletests(p_values, method="holm")[1].tolist())
+    assert correct_p_values(p_values) == pytest.approx(multipletests(p_values, method="holm")[1].tolist())
 
 
 def test_a_winner_that_the_examples_chose_must_be_further_ahead() -> None:
     winner, others = [1.0] * 30, {"second": [1.0] * 20 + [0.0] * 10, "third": [1.0] * 22 + [0.0] * 8}
-    fresh, chosen = (compared(winner, others, picked_from=programs) for programs in (None, 3))
+    fresh, chosen = (compare(winner, others, picked_from=programs) for programs in (None, 3))
     assert (fresh["second"].difference, fresh["second"].wins, fresh["second"].losses) == (pytest.approx(100 / 3), 10, 0)
     for name in others:
         assert chosen[name].p_value == pytest.approx(1.5 * fresh[name].p_value), "three pairs in place of two"
@@ -137,11 +137,11 @@ def test_programs_are_compared_where_they_answered_the_same_examples_alone(on_te
 def test_a_ranking_over_different_valsets_is_told() -> None:
     result = sweep_of([([1.0] * 20, []), ([1.0] * 10 + [0.0] * 10, []), ([1.0] * 20 + [0.0] * 10, [])])
     mixed = on_examples(result, "easy", "easy", "hard")
-    lines = closing_lines(mixed)
+    lines = summary_lines(mixed)
     assert lines[1].startswith("The ranking is over 2 different valsets")
     assert 'The winner is better than the runner-up, "s1": it does better on 10 of 20' in lines[2]
     assert lines[2].endswith("The winner cannot be compared with 1 other program, which was validated on other examples.")
-    assert not [line for line in closing_lines(on_examples(result, *["one"] * 3)) if "valsets" in line]
+    assert not [line for line in summary_lines(on_examples(result, *["one"] * 3)) if "valsets" in line]
 
 
 def test_one_program_is_compared_with_nothing() -> None:

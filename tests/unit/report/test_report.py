@@ -8,7 +8,7 @@ from rich.console import Console
 
 from bt_ray.events import ServerChanged, ServerReplaced, Stage, StepFinished, TrialEnded, TrialStarted, TrialWaits
 from bt_ray.report.progress import Progress
-from bt_ray.report.table import closing_lines, result_table, spread_table
+from bt_ray.report.table import result_table, spread_table, summary_lines
 from bt_ray.run_dir.results import Candidate, Expected, SweepResult, TrialResult
 
 EVENTS = [
@@ -75,11 +75,11 @@ def test_the_table_has_a_row_for_each_strategy_and_words_for_the_winner() -> Non
     Console(file=output, width=120, color_system=None).print(result_table(result))
     assert "│ p -> w   │    0.0 % │ 36.0 % │ 96.0 % │ 96.0 % │         94.0 % │     3.0 │" in output.getvalue()
     assert "RuntimeError: no [y]" in output.getvalue()
-    assert closing_lines(result)[:2] == [
+    assert summary_lines(result)[:2] == [
         'Best program: "p -> w", 96.0 % on the valset.',
         "On the testset, 50 examples that no step saw, evaluated once: 94.0 % (95 % confidence: 86 to 100 %).",
     ]
-    assert closing_lines(SweepResult("/runs/x", (failed,), 1.0)) == ["No strategy got as far as its baseline."]
+    assert summary_lines(SweepResult("/runs/x", (failed,), 1.0)) == ["No strategy got as far as its baseline."]
 
 
 def test_seeds_of_a_strategy_are_summed_up() -> None:
@@ -99,6 +99,6 @@ def test_seeds_of_a_strategy_are_summed_up() -> None:
 def test_a_search_says_what_it_did_not_try_and_what_may_be_luck() -> None:
     trial = TrialResult("p", (Candidate("p", "p", 62.0, (), 0.0, 60.0, {}, "program.json"),))
     skipped = (Expected("p -> w", 70.0, 4.0, "the budget of 5 steps was spent"),)
-    lines = closing_lines(SweepResult("runs/x", (trial,), 60.0, skipped=skipped, believed=Expected("w", 61.0, 1.5)))
+    lines = summary_lines(SweepResult("runs/x", (trial,), 60.0, skipped=skipped, believed=Expected("w", 61.0, 1.5)))
     assert 'the search expects more of "w", 61.0 ± 1.5 %.' in " ".join(lines)
     assert 'The most promising: "p -> w", 70.0 ± 4.0 %.' in " ".join(lines)

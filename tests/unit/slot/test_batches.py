@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bt_ray.slot.training.batches import BatchesByLength, padding, worth_sorting
+from bt_ray.slot.training.batches import BatchesByLength, padding_share, worth_sorting
 
 LENGTHS = st.lists(st.integers(1, 2000), min_size=1, max_size=300)
 
@@ -25,7 +25,7 @@ def test_each_conversation_comes_once_in_an_epoch_and_its_order_is_known(
 def test_there_is_little_padding_left(seed: int, batch_size: int) -> None:
     lengths = [50 + 37 * number % 1500 for number in range(16 * batch_size)]
     sorted_ones = [lengths[index] for index in order(lengths, batch_size, seed)]
-    assert padding(sorted_ones, batch_size) < 0.1
+    assert padding_share(sorted_ones, batch_size) < 0.1
     assert worth_sorting(lengths, batch_size)
 
 

@@ -13,7 +13,7 @@ from bt_ray.slot.canary import (
     TOLERANCE,
     TOLERANCE_FLOAT32,
     Canary,
-    changed,
+    describe_change,
     difference,
     make_canary,
 )
@@ -86,13 +86,13 @@ def test_only_likely_tokens_of_the_completion_are_compared() -> None:
 def test_no_number_is_no_agreement() -> None:
     made = canary([-0.1] * 9, [-9.0] * 9)
     assert difference(made, [[math.nan] * 9], TOLERANCE) is not None
-    assert changed([[-0.1]], [[math.nan]], "cpu: any") is not None
+    assert describe_change([[-0.1]], [[math.nan]], "cpu: any") is not None
 
 
 @pytest.mark.parametrize(("platform", "allowed"), [("cpu: any", 0.0), ("gpu: any", 0.019)])
 def test_an_engine_must_answer_as_it_did_before(platform: str, allowed: float) -> None:
-    assert changed([[-1.0, -2.0]], [[-1.0, -2.0 + allowed]], platform) is None
-    assert "token 2 of sequence 0" in (changed([[-1.0, -2.0]], [[-1.0, -2.03]], platform) or "")
+    assert describe_change([[-1.0, -2.0]], [[-1.0, -2.0 + allowed]], platform) is None
+    assert "token 2 of sequence 0" in (describe_change([[-1.0, -2.0]], [[-1.0, -2.03]], platform) or "")
 
 
 def test_the_fixed_sequences_differ_and_fit_small_vocabularies() -> None:

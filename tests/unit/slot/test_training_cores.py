@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bt_ray.slot.training import cores
-from bt_ray.slot.training.cores import allowed_cores, has_quota, threads_for
+from bt_ray.slot.training.cores import find_allowed_cores, has_quota, threads_for
 
 
 def test_a_training_takes_an_idle_core_and_gives_it_back_when_somebody_wants_it() -> None:
@@ -41,6 +41,6 @@ def test_a_container_with_a_limit_is_known(
 
 
 def test_idle_cores_are_read_of_those_that_are_allowed() -> None:
-    everything, nothing = cores._reading(allowed_cores()), cores._reading([])
+    everything, nothing = cores._read_times(find_allowed_cores()), cores._read_times([])
     assert everything[2] > 0
     assert nothing[2] == 0

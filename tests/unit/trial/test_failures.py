@@ -19,7 +19,7 @@ from bt_ray.run_dir.storage import Directory, open_storage
 from bt_ray.settings.config import LMConfig
 from bt_ray.trial.failure_latch import FailureLatch
 from bt_ray.trial.failures import Side, side_of
-from bt_ray.trial.lm import EmptyTrainingSet, ServedEngine, served_lm
+from bt_ray.trial.lm import EmptyTrainingSet, ServedEngine, make_served_lm
 from bt_ray.weights import Weights
 
 BASE = Weights("base", "/base")
@@ -49,7 +49,7 @@ def asked(how: str) -> BaseException:
         models = At(url)
         engine = ServedEngine(models, FailureLatch(), retries=2, timeout_s=0.5, max_connections=4)  # type: ignore[arg-type]
         with pytest.raises(BaseException, match=r".") as caught:
-            dspy.Predict("question -> answer")(question=how, lm=served_lm(BASE, engine, LMConfig()))
+            dspy.Predict("question -> answer")(question=how, lm=make_served_lm(BASE, engine, LMConfig()))
     assert models.times_lost == (3 if isinstance(caught.value, InfrastructureFailure) else 0)
     return caught.value
 

@@ -8,7 +8,7 @@ from dspy.utils.exceptions import LMServerError
 from support import tasks
 
 from bt_ray.errors import InfrastructureFailure
-from bt_ray.trial.evaluation import LostAnswers, told
+from bt_ray.trial.evaluation import LostAnswers, report_lost_answers
 from bt_ray.trial.failure_latch import FailureLatch
 
 
@@ -58,7 +58,7 @@ def test_what_an_attempt_left_behind_does_not_fail_the_next_one() -> None:
     latch, left_behind = FailureLatch(), []
 
     def attempt() -> str:
-        left_behind.append(told(Asking(LOST), latch, []))
+        left_behind.append(report_lost_answers(Asking(LOST), latch, []))
         if len(left_behind) == 1:
             left_behind[0](question="?")
         with pytest.raises(InfrastructureFailure):

@@ -8,7 +8,7 @@ import threading
 import pytest
 from support.processes import wait_for
 
-from bt_ray.trial.one_core import LOOK_S, RECONSIDER_S, Decision, keep_on, one_core, running_core
+from bt_ray.trial.one_core import LOOK_S, RECONSIDER_S, Decision, find_running_core, keep_on, one_core
 
 ALL = os.sched_getaffinity(0)
 several_cores = pytest.mark.skipif(len(ALL) < 2, reason="there is one core")
@@ -75,7 +75,7 @@ def test_the_core_is_one_on_which_a_thread_computes() -> None:
     thread = threading.Thread(target=compute)
     thread.start()
     try:
-        wait_for("the thread to be seen", lambda: running_core() == max(ALL))
+        wait_for("the thread to be seen", lambda: find_running_core() == max(ALL))
     finally:
         stop.set()
         thread.join()
