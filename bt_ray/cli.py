@@ -33,13 +33,11 @@ app = typer.Typer(
 TomlArgument = Annotated[Path, typer.Argument(metavar="SWEEP.TOML", help="The sweep's settings.", show_default=False)]
 StrategyOption = Annotated[
     list[str] | None,
-    typer.Option("--strategy", help='A strategy, "p -> w"; give it again for more. Replaces those of the file.'),
+    typer.Option("--strategy", help='A strategy, such as "p -> w". Can be repeated. Replaces the strategies in the file.'),
 ]
 RunDirOption = Annotated[
     str | None,
-    typer.Option(
-        "--run-dir", help="Where everything is kept. On a cluster: a path that all nodes share, or s3://... or gs://..."
-    ),
+    typer.Option("--run-dir", help="The run directory. On a cluster: a path that all nodes share, or s3://... or gs://..."),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -49,7 +47,7 @@ AddressOption = Annotated[
     str | None,
     typer.Option(
         "--address",
-        help='The Ray cluster: "auto" or its address. Default: that of RAY_ADDRESS or of the job, else one of its own.',
+        help='The Ray cluster: "auto" or an address. Default: RAY_ADDRESS, or the job\'s, else a Ray of its own here.',
     ),
 ]
 
@@ -62,9 +60,7 @@ BestArgument = Annotated[
 ]
 AcceptOption = Annotated[
     bool,
-    typer.Option(
-        "--accept-changes", help="Compute finished steps again that depend on something that changed since they finished."
-    ),
+    typer.Option("--accept-changes", help="Compute finished steps again if something that they depend on has changed."),
 ]
 
 EXIT_WRONG_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
@@ -72,9 +68,11 @@ EXIT_WRONG_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; made if it is not there.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The folder to write to. Created if needed.", show_default=False)
+    ],
 ) -> None:
-    """Write a starting task that runs: task.py, examples.jsonl and sweep.toml, commented, to be changed into your own.
+    """Write a small task that runs, to change into your own: task.py, examples.jsonl and sweep.toml, with comments.
 
     Example: bt-ray init my
     """
@@ -97,7 +95,7 @@ def check(
 ) -> None:
     """Check a sweep in a few seconds, without starting a server: settings, task, strategies, model, run directory.
 
-    With --address the cluster's nodes are looked at too. Exit code 2 says that something is wrong.
+    With --address it also checks that the cluster's nodes are large enough. Exit code 2 means that something is wrong.
 
     Example: bt-ray check my/sweep.toml --set model=./models/my-model
     """
@@ -129,13 +127,13 @@ def check(
             console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
         for slots, needed in checked.models_at_once.items():
             count, of = config.server.of(slots).count, f" for {slots}" if slots else ""
-            told = f"the sweep needs {needed} at a time" if needed else "optimizers ask them, the program does not"
+            told = f"the sweep needs {needed} at a time" if needed else "only optimizers use them"
             console.print(f"servers    {count} at most{of}; {told}", highlight=False)
             if needed > count:
                 console.print(
-                    f"warning: the program asks {needed} models at a time, and there "
-                    f"{'is one server' if count == 1 else f'are {count} servers'}: it goes from one model to another in "
-                    "between.",
+                    f"warning: the program uses {needed} models at a time, and there "
+                    f"{'is one server, which has' if count == 1 else f'are {count} servers, which have'} to switch between "
+                    "them.",
                     style="yellow",
                 )
         console.print("All good.", style="green")
@@ -147,11 +145,13 @@ def plan(
     strategy: StrategyOption = None,
     run_dir: RunDirOption = None,
     assignments: SetOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Each step's key and what it is made of, as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print each step's key and what the key is made of, as JSON.")
+    ] = False,
 ) -> None:
-    """Say what a sweep will compute, before anything is paid for: steps, shared and new, trainings, requests, time.
+    """Print what a sweep would compute: steps, shared and new, fine-tunes, requests, time.
 
-    Checks the sweep as `bt-ray check` does. What is finished in the run directory is not computed again.
+    Checks the sweep as `bt-ray check` does. Steps that are finished in the run directory are not computed again.
 
     Example: bt-ray plan my/sweep.toml --strategy "p -> w -> p" --run-dir runs/today
     """
@@ -182,7 +182,7 @@ def plan(
 
 @app.command()
 def steps(run_dir: RunDirArgument) -> None:
-    """List the steps of a run directory as a tree: scores, seconds, requests, weights, and what is not finished.
+    """Print the steps of a run directory as a tree: scores, seconds, requests, weights, and which are not finished.
 
     Example: bt-ray steps runs/today
     """
@@ -197,11 +197,11 @@ def steps(run_dir: RunDirArgument) -> None:
 @app.command()
 def status(
     run_dir: RunDirArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for a program.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for a program.")] = False,
 ) -> None:
-    """Say what a sweep is doing: its trials, steps and servers, what waits for what, and what is left.
+    """Show what a sweep is doing: trials, steps and servers, which trials wait and why, and what is left.
 
-    From any machine that reaches the run directory; the sweep need not be asked.
+    It reads the run directory only, so it works on any machine that reaches that.
 
     Example: bt-ray status s3://bucket/runs/today
     """
@@ -226,16 +226,21 @@ def status(
 def report(
     run_dir: RunDirArgument,
     to: Annotated[
-        Path | None, typer.Option("--to", metavar="FILE", help="Default: report.html in the run directory, or here.")
+        Path | None,
+        typer.Option(
+            "--to",
+            metavar="FILE",
+            help="The file to write. Default: report.html in the run directory, or here if that is a URI.",
+        ),
     ] = None,
     gpu_hour_price: Annotated[
-        float | None, typer.Option("--gpu-hour-price", min=0, help="What an hour of one GPU costs, in any currency.")
+        float | None, typer.Option("--gpu-hour-price", min=0, help="The price of an hour of one GPU, in any currency.")
     ] = None,
-    show: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
+    show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Write one HTML page about a sweep: ranking, steps, servers, cost, prompts, demos, training, examples.
 
-    It needs no network and no other file, and works while the sweep runs too.
+    The page needs no network and no other file. The sweep may still be running.
 
     Example: bt-ray report runs/today --gpu-hour-price 2.5
     """
@@ -255,11 +260,11 @@ def report(
 def prune(
     run_dir: RunDirArgument,
     only_best: Annotated[
-        bool, typer.Option("--only-best", help="Keep the best program's weights alone; other fine-tunes are lost.")
+        bool, typer.Option("--only-best", help="Keep only the best program's weights. All other fine-tunes are lost.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Remove fine-tuned weights and checkpoints that no finished step needs. Says how much, and asks first.
+    """Remove fine-tuned weights and checkpoints that no finished step needs. Prints how much that is, and asks first.
 
     Example: bt-ray prune runs/today
     """
@@ -290,7 +295,7 @@ def serve(
     port: Annotated[
         int | None,
         typer.Option(
-            "--port", min=1, max=65535, help="A second model gets the port after it. Default: 8000; on a cluster a free one."
+            "--port", min=1, max=65535, help="A second model gets the next port. Default: 8000; on a cluster, a free one."
         ),
     ] = None,
     address: Annotated[
@@ -298,10 +303,10 @@ def serve(
         typer.Option("--address", help='Serve on a Ray cluster: "auto" or its address. Default: this machine.'),
     ] = None,
 ) -> None:
-    """Serve the best program's model, OpenAI-compatible, until Ctrl-C. Prints the address and the token.
+    """Serve the best program's model until Ctrl-C, with an OpenAI-compatible API. Prints the address and the token.
 
-    It is served on this machine; with --address, or in a Ray job, on a node of the cluster that has the GPUs. The token is a
-    new one, or that in the environment variable BT_RAY_SERVE_TOKEN.
+    The server runs on this machine; with --address, or in a Ray job, on a node of the cluster that has the GPUs. The token
+    is new each time, unless the environment variable BT_RAY_SERVE_TOKEN has one.
 
     Example: bt-ray serve runs/today --port 8000
 
@@ -339,11 +344,11 @@ def serve(
 @app.command()
 def export(
     run_dir: BestArgument,
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="A folder that is not there yet.", show_default=False)],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The folder to create.", show_default=False)],
 ) -> None:
     """Copy the best program and its model to a folder that DSPy, transformers and vLLM open without bt_ray.
 
-    With the folder come a model card, and a manifest with checksums, versions, and what the program depends on.
+    The folder also gets a model card, and a manifest with checksums, versions, and what the program depends on.
 
     Example: bt-ray export runs/today --to my-program
     """
@@ -365,7 +370,7 @@ def sweep(
 ) -> None:
     """Run all strategies of a sweep, rank their programs, and keep the best.
 
-    Every step's program and score go to the run directory; at its end stand result.json and best/.
+    Every step's program and score are kept in the run directory, and at the end result.json and best/.
 
     Example: bt-ray sweep my/sweep.toml --strategy "p -> w" --strategy "w -> p" --run-dir runs/today
 
@@ -405,13 +410,13 @@ def submit(
     follow: Annotated[
         str | None, typer.Option("--follow", metavar="JOB", help="Follow a job that was submitted before.")
     ] = None,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return when it is submitted.")] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return as soon as the job is submitted.")] = False,
 ) -> None:
-    """Run a sweep as a job of a Ray cluster: submit it, and follow it until it ends, with its exit code.
+    """Run a sweep as a job of a Ray cluster: submit it, show its output until it ends, and exit with its exit code.
 
-    The current directory travels with it, less what .gitignore names. The settings are checked here, the rest by the job
-    before anything expensive starts. Ctrl-C asks whether to stop the job. A cluster with token authentication wants
-    RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, as `ray job submit` does.
+    The job gets a copy of the current directory, without what .gitignore names. The settings are checked here; the job
+    checks the rest before anything expensive starts. Ctrl-C asks whether to stop the job. For a cluster with token
+    authentication, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, as for `ray job submit`.
 
     Example: bt-ray submit my/sweep.toml --address http://head:8265 --run-dir s3://bucket/runs/today
 
@@ -428,7 +433,7 @@ def submit(
             )
             if config.run_dir is None:
                 raise ConfigError(
-                    "A job's own folder goes away with it: give --run-dir, a path that all nodes share, or a URI."
+                    "A job's own folder is deleted with it: give --run-dir, a path that all nodes share, or a URI."
                 )
         jobs = Jobs(address)
         if file is not None:
@@ -447,21 +452,21 @@ def submit(
 
 
 def _follow(jobs: "Jobs", job: str) -> int:
-    """Show what a job says; its exit code, or that of whoever leaves it with Ctrl-C."""
+    """Show the output of a job, and return its exit code; 0 if Ctrl-C leaves it running."""
     try:
         return jobs.follow(job, lambda text: typer.echo(text, nl=False))
     except KeyboardInterrupt:
         if _wants_it_stopped(job):
             jobs.stop(job)
-            _fail("The job is stopped; what finished is in the run directory.", EXIT_INTERRUPTED)
-        typer.echo(f"It goes on. bt-ray submit --follow {job} --address {jobs.address}", err=True)
+            _fail("The job is stopped. Finished steps are in the run directory.", EXIT_INTERRUPTED)
+        typer.echo(f"The job continues. To follow it: bt-ray submit --follow {job} --address {jobs.address}", err=True)
         return 0
 
 
 def _wants_it_stopped(job: str) -> bool:
-    """Asks; nobody there to answer leaves the job alone."""
+    """Ask. Without an answer the job is left alone."""
     try:
-        return typer.confirm(f"\nStop the job {job} (otherwise it goes on)?", default=False, err=True)
+        return typer.confirm(f"\nStop the job {job}? (Otherwise it continues.)", default=False, err=True)
     except typer.Abort:
         return False
 
@@ -487,14 +492,14 @@ def _load(file: Path, strategy: list[str] | None, run_dir: str | None, assignmen
 
 
 def _resource_warnings(config: SweepConfig, address: str | None, slots: Collection[str]) -> list[str]:
-    """What the cluster at `address` lacks (raises), or, without one, what this machine lacks."""
+    """Warnings if this machine is too small, or, with an `address`, the cluster there. Raises if it can never be enough."""
     from bt_ray.pool.resources import check_resources
 
     if address is None:
         here = {"CPU": float(os.cpu_count() or 1)}
         try:
             if any(config.server.of(name).gpus for name in slots):
-                return ["No --address: whether the cluster has the GPUs is not checked."]
+                return ["Without --address, it is not checked whether the cluster has the GPUs."]
             check_resources(config, [here], slots)
         except ResourcesError as error:
             return [f"On this machine alone: {error}"]
@@ -508,7 +513,7 @@ def _resource_warnings(config: SweepConfig, address: str | None, slots: Collecti
 
 @contextmanager
 def _explain_errors() -> Iterator[None]:
-    """Say what went wrong in one message, with the exit code that belongs to it."""
+    """Print an error as one message, and exit with its code."""
     try:
         yield
     except (ConfigError, TaskError, ResourcesError) as error:
@@ -518,7 +523,7 @@ def _explain_errors() -> Iterator[None]:
     except BtRayError as error:
         _fail(str(error), EXIT_FAILED)
     except KeyboardInterrupt:
-        _fail("Interrupted. The servers and trials are stopped; what finished is in the run directory.", EXIT_INTERRUPTED)
+        _fail("Interrupted. The servers and trials are stopped. Finished steps are in the run directory.", EXIT_INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> None:

@@ -10,6 +10,9 @@ from bt_ray.settings.config import ServerConfig
 NEWS_S = 15.0
 """Seconds between two lines about what waits for room."""
 
+# The pool takes a failed look at draining nodes for a cluster that is out of reach, so a Ray without this must fail here.
+assert callable(ray._private.state.state.get_draining_nodes)
+
 
 def node_resources() -> list[dict[str, float]]:
     """The resources of each node that is there, used or not."""

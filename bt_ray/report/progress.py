@@ -1,4 +1,4 @@
-"""Progress while a sweep runs: a live table in a terminal, plain lines elsewhere."""
+"""Progress of a running sweep: a live table in a terminal, plain lines elsewhere."""
 
 import threading
 import time
@@ -25,7 +25,7 @@ from bt_ray.report.table import errors_in_words, percent
 from bt_ray.run_dir.status_file import OfATrial, SweepState
 
 TRAINING_LINES_S = 30
-"""Seconds between two lines about one training, where there is no live table."""
+"""Seconds between two lines about one training, without a live table."""
 
 
 class Progress:
@@ -58,7 +58,7 @@ class Progress:
                 self._console.print(f"[{self._clock()}] {line}", highlight=False, markup=False, soft_wrap=True)
 
     def _is_small_news(self, event: Event) -> bool:
-        """Whether `event` is only a training's next step, too soon after the last one told to be a line of its own."""
+        """Whether `event` is a training's next step, too soon after its last line for another one."""
         if not isinstance(event, ServerChanged):
             return False
         before = self._state.servers.get(event.server)
@@ -79,19 +79,19 @@ class Progress:
                 line = f"{_label_event(event)}: started"
             case StepFinished(_, prefix, score, best_score, seconds, loaded, _, errors):
                 name = f"step {prefix}" if prefix else "baseline"
-                took = "computed already" if loaded else f"in {seconds:.0f} s"
+                took = "already computed" if loaded else f"in {seconds:.0f} s"
                 line = f"{_label_event(event)}: {name} {percent(score)} (best {percent(best_score)}), {took}"
                 if errors:
                     line += f"; {errors_in_words(errors)}"
             case TrialLost(_, reason):
-                line = f"{_label_event(event)}: lost, and run again: {reason}"
+                line = f"{_label_event(event)}: lost, and runs again: {reason}"
             case TrialEnded(_, error):
                 line = f"{_label_event(event)}: ended early: {error}" if error else ""
             case ServerChanged(server, state, weights_id, holder, detail):
                 by = f" for {holder}" if holder else ""
                 line = f"server {server}: {state} {weights_id or ''}{by}{', ' + detail if detail else ''}"
             case ServerReplaced(server, reason):
-                line = f"server {server}: started anew: {reason}"
+                line = f"server {server}: restarted: {reason}"
         return line
 
     def _clock(self) -> str:

@@ -1,4 +1,4 @@
-"""What a sweep is doing, as tables and in words: live in its terminal, and for whoever asks its run directory."""
+"""What a sweep is doing, as tables and in words, for its own terminal and for `bt-ray status`."""
 
 import time
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from bt_ray.report.table import percent, trial_label
 from bt_ray.run_dir.status_file import WORD_S, SweepState, TrialState
 
 SILENT = 4 * WORD_S
-"""Seconds without a word after which a sweep is taken for dead."""
+"""Seconds without an update after which a sweep counts as dead."""
 
 
 def trial_table(state: SweepState, now: float | None = None) -> Table:
-    """The trials: their scores so far, what they do, and for how long."""
+    """The trials, with their scores so far, what each does now, and for how long."""
     now = time.time() if now is None else now
     table = Table(box=None, pad_edge=False)
     for column in ("strategy", "scores so far", "now", "for"):
@@ -38,7 +38,7 @@ def _describe_activity(trial: TrialState) -> str:
 
 
 def server_table(state: SweepState) -> Table:
-    """The model servers: what they do, for whom, and how far they are."""
+    """The model servers, with what each does, for which trial, and its progress."""
     table = Table(box=None, pad_edge=False)
     for column in ("server", "state", "weights", "held by", "progress"):
         table.add_column(column)
@@ -48,40 +48,41 @@ def server_table(state: SweepState) -> Table:
 
 
 def headline(state: SweepState, now: float) -> str:
-    """Whether the sweep runs, and since when."""
+    """One line: whether the sweep runs, and for how long."""
     if state.ended is not None:
         return f"ended {_format_ago(now - state.ended)}, after {_format_duration(state.ended - state.started)}"
     silence = now - state.at
     if silence > SILENT:
-        return f"no word {_format_ago(silence)}: the sweep is gone, and the same command goes on where it stopped"
+        died = "the sweep has probably died. Run the same command to resume."
+        return f"No update for {_format_duration(silence)}: {died}"
     return f"running for {_format_duration(now - state.started)}: {state.stage}"
 
 
 def step_lines(done: int, of: int, new: int, seconds: float, left: float | None, unknown: int) -> list[str]:
-    """How many steps are finished, how fast, and what is left.
+    """How many steps are finished, at what rate, and how long the others take.
 
     Args:
-        done: Steps that are finished.
-        of: All steps.
-        new: Those that this run computed.
-        seconds: That it has run.
-        left: Seconds that the others take, as far as finished ones tell; None if nothing tells.
-        unknown: How many steps nothing tells of.
+        done: Number of finished steps.
+        of: Number of all steps.
+        new: Number of steps that this run computed.
+        seconds: Time that it has run.
+        left: Seconds that the other steps take, estimated from finished ones; None without an estimate.
+        unknown: Number of steps without an estimate.
     """
     lines = [f"{done} of {of} steps are finished, the baseline included"]
     if new and seconds:
         lines[0] += f"; {new} in this run, {3600 * new / seconds:.1f} an hour"
     if done < of and left is not None:
-        more = f", and {unknown} steps that no finished one is like" if unknown else ""
+        more = f", plus {unknown} steps without an estimate" if unknown else ""
         lines.append(f"left: about {_format_duration(left)}{more}")
     return lines
 
 
 def describe_waits(waiting: Mapping[str, float], state: SweepState) -> list[str]:
-    """Which trials wait for a server, for how long (seconds), and why none is there."""
+    """One line for each trial that waits for a server: for how long (`waiting`, in seconds), and why."""
     placing = [server.detail for server in state.servers.values() if server.state == "placing" and server.detail]
-    why = f"; a server waits for room: {placing[0]}" if placing else "; all servers are busy"
-    return [f"{holder} waits for a server, for {seconds:.0f} s{why}" for holder, seconds in waiting.items()]
+    why = f"a new one waits for room: {placing[0]}" if placing else "all servers are busy"
+    return [f"{holder} has waited {seconds:.0f} s for a server: {why}" for holder, seconds in waiting.items()]
 
 
 def _format_duration(seconds: float) -> str:

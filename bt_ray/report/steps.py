@@ -48,10 +48,10 @@ def plan_lines(plan: Plan, evaluated: int, gpus: float) -> list[str]:
     if estimate.seconds:
         cost = f", {estimate.seconds / 3600 * gpus:.2f} GPU hours" if gpus else ""
         took = f"About {estimate.seconds / 60:.1f} server minutes{cost} and {estimate.tokens} tokens"
-        lines.append(f"{took}, as finished steps of the same optimizers took.")
+        lines.append(f"{took}, estimated from finished steps of the same optimizers.")
     if estimate.unknown:
         shown = ", ".join(f'"{prefix}"' if prefix else "the baseline" for prefix in estimate.unknown)
-        lines.append(f"Not in that, for want of a finished step to go by: what the optimizers ask and take in {shown}.")
+        lines.append(f"Not included, since no finished step shows what they take: the optimizers' requests in {shown}.")
     return lines
 
 

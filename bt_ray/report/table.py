@@ -66,10 +66,10 @@ def trial_label(strategy: str, variant: str) -> str:
 
 
 def errors_in_words(errors: Mapping[str, int]) -> str:
-    """That examples scored 0 for what was raised, most often for what."""
+    """How many examples scored 0 because of an error, with the most frequent one."""
     first = max(errors, key=errors.__getitem__)
     others = "" if len(errors) == 1 else f", and {len(errors) - 1} other kinds"
-    return f"{sum(errors.values())} examples scored 0 for an error: {first}{others}"
+    return f"{sum(errors.values())} examples scored 0 because of an error: {first}{others}"
 
 
 def summary_lines(result: SweepResult) -> list[str]:
@@ -88,14 +88,14 @@ def summary_lines(result: SweepResult) -> list[str]:
         lines.append(compared.sentence)
     if (believed := result.believed) is not None and believed.prefix != result.best.prefix:
         lines.append(
-            f"That score may be luck: by what its neighbours score, the search expects more of "
+            f"That score may be luck: judging by related steps, the search expects more of "
             f'"{believed.prefix or "baseline"}", {believed.score:.1f} ± {believed.spread:.1f} %.'
         )
     if result.skipped:
         first = result.skipped[0]
         lines.append(
-            f"Not tried: {len(result.skipped)} steps that could have come next, since {first.reason}. The most promising: "
-            f'"{first.prefix}", {first.score:.1f} ± {first.spread:.1f} %. All of them stand in result.json.'
+            f"Not tried: {len(result.skipped)} possible next steps, since {first.reason}. The most promising: "
+            f'"{first.prefix}", {first.score:.1f} ± {first.spread:.1f} %. result.json has all of them.'
         )
     lines.append(f'Kept in {result.run_dir}/best; bt_ray.load("{result.run_dir}/best") opens it.')
     lines.append(f"The sweep took {result.seconds / 60:.1f} minutes.")

@@ -1,8 +1,8 @@
 """The settings of a sweep: values in, frozen and checked values out.
 
-A person writes `sweep.toml`, which `bt_ray.settings.toml` reads; the resolved copy is kept as JSON in the run directory.
-Unknown keys are refused with the nearest right one. This module knows no engine: what vLLM accepts is a list of names that
-ships with the package.
+A person writes `sweep.toml`, which `bt_ray.settings.toml` reads; the run directory keeps the resolved settings as JSON.
+Unknown keys are refused, with the nearest right one. This module imports no engine: the options of vLLM are a list of names
+that ships with the package. `docs/settings.md` is made of the docstrings here (`scripts/write_settings_page.py`).
 """
 
 import math
@@ -21,65 +21,67 @@ from bt_ray.weights import model_name
 
 
 class Section(BaseModel):
-    """A table of the TOML: frozen, and closed to unknown keys."""
+    """A table of the TOML file. Frozen; refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class LMConfig(Section):
-    """`[lm]`: how the student's LM samples, for every request that does not say otherwise."""
+    """`[lm]`: how the student's LM samples, unless a request says otherwise."""
 
     temperature: float = Field(0.0, ge=0)
+    """Sampling temperature."""
     max_tokens: int = Field(1024, ge=1)
+    """Tokens of an answer, at most."""
 
 
 class ServerConfig(BaseModel):
-    """`[server]`: the slots that model servers run in, and vLLM's own options.
+    """`[server]`: the slots of the model servers, and vLLM's own options.
 
     Every key that is not listed here is an option of `vllm serve`, with underscores: `max_model_len = 4096`. Without
-    `dtype`, servers on CPU compute in what the node's processor is fast in: bfloat16 or float32.
+    `dtype`, a server on CPU computes in the data type that is fast on its processor, bfloat16 or float32.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     count: int = Field(1, ge=1)
-    """Model servers (slots) of the sweep, at most."""
+    """Maximum number of model servers. Each has a slot of its own."""
     gpus: float = Field(0, ge=0)
-    """GPUs of each slot: 0 for CPU, a fraction to share one (such a slot cannot train), else the tensor parallel size."""
+    """GPUs of each slot. 0: CPU. A fraction: slots share a GPU, and cannot train. Above 1: tensor parallel."""
     accelerator_type: str | None = Field(None, min_length=1)
-    """Kind of those GPUs, as Ray names it: `"H100"`, `"A100"`, `"L4"`. Default: any."""
+    """Type of the GPUs, by Ray's name for it: `"H100"`, `"A100"`, `"L4"`. Default: any."""
     cpus: float = Field(1, gt=0)
     """CPU cores that Ray reserves for each slot."""
     threads: int | None = Field(None, ge=1)
-    """Compute threads of vLLM and of training on CPU, which takes idle cores too. Default: `cpus`, at least 1."""
+    """Threads of vLLM, and of a training on CPU, which also uses idle cores. Default: `cpus`, at least 1."""
     start_timeout_s: float = Field(900, gt=0)
-    """Seconds that a server may take until it is healthy."""
+    """Seconds a server may take to start."""
     request_timeout_s: float = Field(600, gt=0)
-    """Seconds that one request may take."""
+    """Seconds a request may take."""
     turn_s: float = Field(60, gt=0)
-    """Seconds that a server stays with those who share it while others wait for it."""
+    """Seconds the trials that share a server keep it while others wait for it."""
     idle_timeout_s: float = Field(300, gt=0)
-    """Seconds after which a server that nobody uses is given back to the cluster. Those that a sweep needs at least stay."""
+    """Seconds after which an unused server is given back to the cluster. The minimum that the sweep needs stays."""
     drain_timeout_s: float = Field(120, gt=0)
-    """Seconds that requests under way may still take when a server goes to other weights; then they end with an error."""
+    """Seconds that requests in flight get to finish before a server changes its weights. Then they end with an error."""
     stall_timeout_s: float = Field(60, gt=0)
-    """Seconds without an answer, while requests are under way, after which a server is asked for a single token."""
+    """Seconds without an answer, with requests in flight, after which a server is probed for a single token."""
     fine_tunes: Literal["auto", "merged", "adapters"] = "auto"
-    """What LoRA leaves and a server loads: `merged` checkpoints, one at a time, or `adapters` (experimental), several of
-    which a server serves at once beside their base. `auto`: merged."""
+    """What a LoRA fine-tune leaves. `merged`: a checkpoint; a server serves one at a time. `adapters` (experimental): the
+    adapter alone; a server serves several at once, beside their base model. `auto`: merged."""
     max_loras: int = Field(4, ge=1)
-    """Adapters that a server serves at once."""
+    """Maximum number of adapters that a server serves at once."""
     max_lora_rank: int = Field(16, ge=1)
-    """Rank of an adapter, at most; vLLM takes 1, 8, 16, 32, 64, 128, 256, 320 and 512."""
+    """Maximum rank of an adapter. vLLM takes 1, 8, 16, 32, 64, 128, 256, 320 and 512."""
     while_training: Literal["auto", "keep", "stop", "sleep"] = "auto"
-    """What the slot's server does during a training: `keep` its memory, `stop`, or `sleep` (experimental, GPU). `auto`:
-    keep it on CPU, stop it on GPU."""
+    """What the slot's server does during a training. `keep`: it keeps its memory. `stop`: it ends. `sleep` (experimental,
+    GPU): it frees the memory and stays. `auto`: `keep` on CPU, `stop` on GPU."""
     env: dict[str, str] = Field(default_factory=dict)
-    """Environment variables for vLLM and for training."""
+    """Environment variables for vLLM and for training. `config.json` leaves them out, since they may be secrets."""
     command: tuple[str, ...] | None = None
-    """Another program in place of vLLM, with the same arguments and environment as `bt_ray.slot.serving.vllm_main`."""
+    """A program to run in place of vLLM. It gets the arguments and environment of `bt_ray.slot.serving.vllm_main`."""
     models: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Models with slots of their own, by name, each with what differs there: `[server.models."org/large"]`."""
+    """Models with slots of their own, each with the settings that differ there: `[server.models."org/large"]`."""
 
     @field_validator("command", mode="before")
     @classmethod
@@ -113,14 +115,14 @@ class ServerConfig(BaseModel):
         return self
 
     def of(self, name: str) -> "ServerConfig":
-        """The settings for the servers of a model, by its `bt_ray.weights.model_name`."""
+        """The settings for the servers of a model, which is named by its `bt_ray.weights.model_name`."""
         for model, own in self.models.items():
             if model_name(model) == name:
                 return ServerConfig.model_validate(self._with(own))
         return self
 
     def _with(self, own: Mapping[str, Any]) -> dict[str, Any]:
-        """The values with those of a model's own: variables are added to, and what has no GPUs has none of a type."""
+        """These values, replaced by a model's own. Its `env` is added to; without GPUs it has no `accelerator_type`."""
         values = {**self.model_dump(exclude={"models"}), **own}
         if isinstance(own.get("env"), Mapping):
             values["env"] = {**self.env, **own["env"]}
@@ -142,7 +144,7 @@ class ServerConfig(BaseModel):
 
     @property
     def adapters(self) -> int:
-        """Adapters that a server serves at once; 0 where fine-tunes are merged."""
+        """Maximum number of adapters that a server serves at once; 0 if fine-tunes are merged."""
         return self.max_loras if self.fine_tunes == "adapters" else 0
 
     @property
@@ -157,7 +159,7 @@ class ServerConfig(BaseModel):
 
 
 OF_ALL_MODELS = {"models", "fine_tunes", "request_timeout_s"}
-"""Keys of `[server]` that no model has of its own."""
+"""Keys of `[server]` that a model's own table may not have."""
 ENGINE_OPTIONS_OF_BT_RAY = {
     "model": "write `model` at the top level",
     "host": "a server listens where its trials reach it",
@@ -179,32 +181,43 @@ def vllm_options() -> frozenset[str]:
 
 
 class TrainConfig(Section):
-    """`[train]`: how a weight optimizer fine-tunes. `BootstrapFinetune(train_kwargs=...)` overrides any of these."""
+    """`[train]`: how a weight optimizer fine-tunes.
+
+    `BootstrapFinetune(train_kwargs={...})` overrides any of these for one optimizer.
+    """
 
     method: Literal["lora", "full"] = "lora"
+    """Train a LoRA, or all weights."""
     epochs: float = Field(3, gt=0)
+    """Passes over the training data."""
     learning_rate: float = Field(2e-4, gt=0)
+    """Peak learning rate."""
     batch_size: int = Field(4, ge=1)
     """Conversations in one optimizer step, over all GPUs of the slot."""
     max_length: int = Field(4096, ge=8)
-    """Tokens; what is longer is cut at the end."""
+    """Maximum length of a conversation, in tokens. Longer ones are cut at the end."""
     lora_rank: int = Field(16, ge=1)
+    """Rank of the LoRA."""
     lora_alpha: int | None = Field(None, ge=1)
-    """Default: twice the rank."""
+    """Scale of the LoRA. Default: twice the rank."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout of the LoRA."""
     warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises from 0."""
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = "linear"
+    """Schedule of the learning rate, as in transformers."""
     layers: int | None = Field(None, ge=1)
-    """How many layers are trained, the last ones: those below stay as they are, and cost no backward pass. Default: all."""
+    """Train the last so many layers only. The layers below are frozen, and need no backward pass. Default: all."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What products of matrices are computed in. `auto`: bfloat16, but float32 on a CPU that is slow in bfloat16."""
+    """Data type of matrix products. `auto`: bfloat16, or float32 on a CPU that is slow in bfloat16."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass, which saves memory and takes longer."""
     checkpoint_every_s: float = Field(300, ge=0)
-    """Seconds between two checkpoints, of which the last is where a training goes on that was cut off."""
+    """Seconds between two checkpoints. A training that is interrupted resumes from the last one."""
     timeout_s: float | None = Field(None, gt=0)
-    """Seconds after which a training is ended as failed. Default: none."""
+    """Seconds a training may take; then it fails. Default: no limit."""
     command: tuple[str, ...] | None = None
-    """Another program in place of the trainer, with the same argument as `bt_ray.slot.training.main`."""
+    """A program to run in place of the trainer. It gets the argument of `bt_ray.slot.training.main`."""
 
     @field_validator("command", mode="before")
     @classmethod
@@ -222,42 +235,40 @@ class TrainConfig(Section):
 
 
 class TrialConfig(Section):
-    """`[trial]`: the Ray Tune trials, which wait for servers most of the time."""
+    """`[trial]`: the Ray Tune trials. Most of the time they wait for servers."""
 
     cpus: float = Field(0.1, gt=0)
     """CPU cores that Ray reserves for each process of a trial."""
     processes: int = Field(1, ge=1)
-    """Processes that share each evaluation on the valset or the testset, each with a lease of its own. One asks up to about
-    a thousand times a second; more are of use where servers answer faster than that, or a metric computes long."""
+    """Processes that share each evaluation on the valset or the testset, each with a lease of its own. One sends up to about
+    a thousand requests a second. More help if servers answer faster than that, or if the metric computes for long."""
     max_concurrent: int | None = Field(None, ge=1)
-    """Trials at a time. Default: two for each server of the program's models, of which one may wait for a step that another
-    computes; all where no model is served."""
+    """Maximum number of trials at a time. Default: two for each server of the program's models, since a trial may wait for
+    a step that another one computes; without a served model, all."""
     step_retries: int = Field(1, ge=0)
-    """How often a step that lost its infrastructure is repeated within its trial."""
+    """How often a step is repeated within its trial after an infrastructure failure."""
     max_failures: int = Field(1, ge=0)
-    """How often a trial that lost its infrastructure all the same is run again."""
+    """How often a trial is run again after an infrastructure failure that its steps' retries did not mend."""
     resume_optimizers: bool = False
-    """Whether a step that is repeated finds what its optimizer left in `ctx.scratch_dir`: `GEPA(log_dir=...)` then goes on
-    in its middle. GEPA keeps its state as a pickle, and whoever can write to the run directory can put code there that the
-    sweep runs."""
+    """Keep `ctx.scratch_dir` when a step is repeated, so that `GEPA(log_dir=...)` resumes. GEPA keeps its state as a pickle:
+    with this on, anyone who can write to the run directory can run code in the trials."""
     request_retries: int = Field(5, ge=0)
-    """How often one request is repeated after its server was lost and is back."""
+    """How often a request is repeated after its server was lost and recovered."""
 
 
 class TrackingConfig(Section):
-    """`[tracking]`: where else a sweep's progress goes, beside its run directory."""
+    """`[tracking]`: services that a sweep reports its progress to, beside its run directory."""
 
     mlflow: str | None = None
     """MLflow's tracking URI: `http://host:5000`, `sqlite:////path/mlflow.db`, `databricks`. Needs `bt-ray[mlflow]`."""
     experiment: str | None = Field(None, min_length=1)
-    """The experiment in MLflow. Default: the name of the task's file."""
+    """Experiment in MLflow. Default: the name of the task's file."""
     autolog: bool = False
-    """Whether MLflow traces what DSPy does in the trials (`mlflow.dspy.autolog`). All nodes must reach `mlflow`, and have
-    the package."""
+    """Have MLflow trace DSPy in the trials (`mlflow.dspy.autolog`). All nodes must have the package and reach the server."""
     tensorboard: str | None = None
-    """A folder for TensorBoard's files."""
+    """Folder for TensorBoard's files."""
     wandb: str | None = Field(None, min_length=1)
-    """The project at Weights & Biases. Needs `bt-ray[wandb]`, and WANDB_API_KEY or `wandb login`."""
+    """Project at Weights & Biases. Needs `bt-ray[wandb]`, and `WANDB_API_KEY` or `wandb login`."""
 
     @field_validator("mlflow")
     @classmethod
@@ -277,8 +288,9 @@ class EveryStrategy(Section):
     """`strategies = "all(max_length = 3)"`: every sequence of the optimizers up to a length."""
 
     max_length: int = Field(ge=1)
+    """Maximum number of steps in a strategy."""
     optimizers: tuple[str, ...] | None = None
-    """Default: the task's."""
+    """Keys of the optimizers to use. Default: all of the task's."""
 
     @field_validator("optimizers", mode="before")
     @classmethod
@@ -287,10 +299,10 @@ class EveryStrategy(Section):
 
 
 class StrategySearch(EveryStrategy):
-    """`strategies = { search = { max_length = 5, budget = "8 gpu-hours" } }`: the most promising, until the budget ends."""
+    """`strategies = { search = { max_length = 5, budget = "8 gpu-hours" } }`: the most promising ones, within a budget."""
 
     budget: str
-    """A number of `steps`, `tokens`, `hours` (of time) or `gpu-hours` (of steps, each with the GPUs of a server)."""
+    """A number of `steps`, `tokens`, `hours` (wall time) or `gpu-hours` (time of the steps, times the GPUs of a server)."""
 
     @model_validator(mode="after")
     def _check_unit(self) -> Self:
@@ -299,7 +311,7 @@ class StrategySearch(EveryStrategy):
 
     @property
     def limit(self) -> tuple[float, str]:
-        """The budget: how much, and of what."""
+        """The budget as a number and its unit."""
         amount, _, unit = self.budget.strip().partition(" ")
         try:
             limit = float(amount)
@@ -314,32 +326,36 @@ BUDGETS = ("steps", "tokens", "hours", "gpu-hours")
 
 
 class SweepConfig(Section):
-    """All settings of a sweep. Top-level keys are those of the TOML's root, tables are its sections."""
+    """All settings of a sweep: the top level of the TOML file, and its sections."""
 
     task: str
-    """`"module:function"` or `"path/to/file.py:function"`: what builds the `bt_ray.Task`."""
+    """The function that builds the `bt_ray.Task`: `"path/to/file.py:function"` or `"package.module:function"`."""
     model: str | None = None
-    """The student's model: a folder, or a model id of the Hugging Face hub. For predictors that the task gives no LM."""
+    """The student's model, for predictors that the task gives no LM: a folder, or a model id of the Hugging Face hub."""
     strategies: tuple[str, ...] | EveryStrategy | StrategySearch
-    """Strategies; or all up to a length; or a search among them."""
+    """The strategies: a list, all up to a length, or a search."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the task's function."""
     space: dict[str, Any] = Field(default_factory=dict)
-    """Settings that vary, by name: a list of values, or a distribution of Ray Tune's."""
+    """Settings to vary, by name. Each has a list of values, or a distribution of Ray Tune's."""
     num_samples: int = Field(1, ge=1)
-    """How often the space's distributions are drawn from."""
+    """How often to draw from the distributions in `[space]`."""
     run_dir: str | None = None
+    """The run directory: a path, or `s3://...` or `gs://...`. Default: a new folder `runs/TASK-DATE-TIME`."""
     seed: int = 0
+    """Seed for the order of the data, the optimizers (`ctx.seed`), training, and draws from `[space]`."""
     num_threads: int = Field(16, ge=1)
-    """Threads of one evaluation, and DSPy's default for optimizers: requests in flight."""
+    """Threads of an evaluation, and so its requests in flight. Optimizers use it as their default."""
     max_errors: int | None = Field(None, ge=1)
-    """Failed examples that end an evaluation. Default: DSPy's, 10."""
+    """Number of failed examples that ends an evaluation with an error. Default: DSPy's, 10."""
     valset_ratio: float = Field(0.1, ge=0, lt=1)
-    """Share of the trainset held out for validation when the task has no valset. 0: no validation."""
+    """Share of the trainset that is held out for validation if the task has no valset. 0: no validation."""
     shuffle_trainset_between_steps: bool = True
+    """Shuffle the trainset before each step, as `dspy.BetterTogether` does."""
     provide_traceback: bool | None = None
+    """Log the tracebacks of examples that fail. Default: DSPy's, off."""
     autoscaling: bool = False
-    """Whether the cluster adds nodes by itself: what it lacks is then waited for, and else an error at once."""
+    """The cluster adds nodes by itself: wait for nodes that the sweep lacks. Otherwise that is an error at once."""
     lm: LMConfig = LMConfig()
     server: ServerConfig = ServerConfig()
     train: TrainConfig = TrainConfig()
@@ -385,7 +401,7 @@ class SweepConfig(Section):
         return value
 
     def without_secrets(self) -> dict[str, Any]:
-        """The settings as JSON, to be kept. `server.env` may hold secrets and is left out."""
+        """The settings as JSON, to be kept in a file. `server.env` is left out, since it may hold secrets."""
         values = self.model_dump(mode="json", exclude={"server": {"env"}})
         for own in values["server"]["models"].values():
             own.pop("env", None)
@@ -397,20 +413,20 @@ class SweepConfig(Section):
         return self.server.of(model_name(self.model or ""))
 
     def concurrent_trials(self, trials: int, servers: int) -> int:
-        """Trials at a time, of so many. More than servers, because one that waits for a step of another's holds none.
+        """Maximum number of trials at a time. More than servers: a trial that waits for another's step holds no server.
 
         Args:
-            trials: All trials.
-            servers: Those that they share; 0 where no model is served.
+            trials: Number of trials of the sweep.
+            servers: Number of servers that they share; 0 if no model is served.
         """
         return min(self.trial.max_concurrent or 2 * servers or trials, trials)
 
 
 def make_config(values: Mapping[str, Any], source: str = "config") -> SweepConfig:
-    """Check `values` and make the settings of them.
+    """Check `values`, and make the settings of them.
 
     Raises:
-        ConfigError: The first thing that is wrong, with where it stands and, for a key, the nearest right one.
+        ConfigError: Names the first mistake and its place, and for an unknown key the nearest right one.
     """
     if (where := _find_non_finite(values)) is not None:
         raise ConfigError(f"{source}: {where}: settings are kept as JSON, which has no name for this number.")
@@ -432,10 +448,10 @@ def _find_non_finite(value: Any) -> str | None:
 
 
 def override_train(train: TrainConfig, overrides: Mapping[str, Any] | None) -> TrainConfig:
-    """`[train]` with the `train_kwargs` that an optimizer gave.
+    """`[train]`, overridden by an optimizer's `train_kwargs`.
 
     Raises:
-        ConfigError: A key or value that `[train]` does not have.
+        ConfigError: `[train]` has no such key, or it does not take the value.
     """
     try:
         return TrainConfig.model_validate({**train.model_dump(), **(overrides or {})})

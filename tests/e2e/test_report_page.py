@@ -114,7 +114,7 @@ def test_a_candidate_shows_its_prompt_beside_its_parents_its_demos_and_its_loss(
     assert trained.locator(".main-svg").count() > 0
     failing = page.locator("details", has=page.locator("summary b", has_text=re.compile("^p$")))
     failing.locator("summary").click()
-    assert "3 examples scored 0 for an error: AdapterParseError: no answer" in failing.inner_text()
+    assert "3 examples scored 0 because of an error: AdapterParseError: no answer" in failing.inner_text()
     assert re.search(r"7 of \d+ answers were cut off at lm.max_tokens", failing.inner_text())
 
 
@@ -183,7 +183,7 @@ def test_candidates_validated_on_different_examples_are_not_compared(opened: Any
 
 def test_a_running_sweep_has_a_report_too(opened: Any, reports: dict[str, Path]) -> None:
     page = opened(reports["running"])
-    assert page.locator("#headline").inner_text().startswith("no word ")
+    assert page.locator("#headline").inner_text().startswith("No update for ")
     assert page.locator("#winner").inner_text().startswith("Best program so far: ")
     assert drawn(page, "trie") > 0
 

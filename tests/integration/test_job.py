@@ -167,7 +167,7 @@ def test_a_submitted_sweep_is_followed_left_alone_and_stopped(
     job = re.search(r"Submitted (raysubmit_\w+): bt-ray sweep sweep.toml --strategy w", said)
     assert job is not None, said
     assert code == 0
-    assert f"It goes on. bt-ray submit --follow {job[1]} --address {cluster.url}" in said
+    assert f"The job continues. To follow it: bt-ray submit --follow {job[1]} --address {cluster.url}" in said
     assert "Placing 2 model servers" in said, "what the job says is told"
 
     following = Submitting(cluster, working_dir, "--follow", job[1])

@@ -114,8 +114,8 @@ def test_a_plan_says_what_is_new_and_steps_lists_what_is_there(
     after = command("plan", str(file))
     assert "Finished already: 3. To compute: 12, 6 of them fine-tune." in after
     assert "Evaluations of 20 examples: 12; in all at least 240 requests." in after
-    assert "server minutes and 480 tokens, as finished steps" in after
-    assert "Not in that" not in after, "p, w and the baseline are known by now"
+    assert "server minutes and 480 tokens, estimated from finished steps" in after
+    assert "Not included" not in after, "p, w and the baseline are known by now"
     listed = command("steps", counted["run_dir"])
     assert [line.strip("│├└─ ").partition(" in ")[0] for line in listed.splitlines()] == [
         "baseline: 20.0 %",

@@ -52,8 +52,8 @@ def test_a_sweep_that_was_killed_is_told_from_one_that_runs(tmp_path: Path, sett
     running.driver.wait()
     state = read_status(open_storage(settings["run_dir"])).state
     assert headline(state, state.at + 1).startswith("running for")
-    assert headline(state, state.at + SILENT + 1).startswith("no word")
-    assert "the same command goes on where it stopped" in headline(state, time.time() + 1000)
+    assert headline(state, state.at + SILENT + 1).startswith("No update for")
+    assert "Run the same command to resume." in headline(state, time.time() + 1000)
 
 
 def test_who_waits_for_a_server_is_told_with_the_reason(storage: Storage) -> None:
@@ -73,8 +73,8 @@ def test_who_waits_for_a_server_is_told_with_the_reason(storage: Storage) -> Non
     storage.write("events.jsonl", "".join(json.dumps(event) + "\n" for event in leases).encode())
     lines = read_status(storage).lines
     assert lines[0] == "0 of 1 steps are finished, the baseline included"
-    assert lines[1].startswith("trial w waits for a server, for 6")
-    assert lines[1].endswith(f"s; a server waits for room: {needs}")
+    assert lines[1].startswith("trial w has waited 6")
+    assert lines[1].endswith(f" s for a server: a new one waits for room: {needs}")
     assert len(lines) == 2
 
 

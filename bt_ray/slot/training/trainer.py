@@ -77,6 +77,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             torch.cuda.set_rng_state(state["cuda"])
 
 
+# Without one of these in transformers a checkpoint would be a pickle, and nothing would say so.
+assert all(hasattr(SFTTrainer, name) for name in vars(Trainer) if not name.startswith("__"))
+
+
 def write_state(path: Path, state: dict[str, Any]) -> None:
     """Write a nested state of tensors and plain values as `path.safetensors` and `path.json`."""
     tensors: dict[str, torch.Tensor] = {}

@@ -17,6 +17,18 @@ def test_every_link_to_a_file_leads_there(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_heading_leads_to_one(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", page.read_text()):
+        headings = re.findall("^#+ (.+)$", (page.parent / target if target else page).read_text(), re.MULTILINE)
+        assert anchor in {anchor_of(heading) for heading in headings}, f"{target}#{anchor}"
+
+
+def anchor_of(heading: str) -> str:
+    """As GitHub makes it: small letters, no punctuation, hyphens for spaces."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
 def test_every_test_that_a_page_links_is_in_the_file_that_it_links() -> None:
     named = [
         (page, name, target)

@@ -43,9 +43,9 @@ def test_without_a_terminal_each_event_is_a_plain_line() -> None:
         'strategy "w [x]": started',
         'strategy "p -> w": baseline 0.0 % (best 0.0 %), in 12 s',
         "server 0: training m-ft-1 for trial p -> w, step 3/100, loss 0.3",
-        "server 0: started anew: its actor died",
+        "server 0: restarted: its actor died",
         'strategy "p -> w": step p 36.0 % (best 36.0 %), in 100 s',
-        'strategy "p" [seed=1]: baseline 20.0 % (best 20.0 %), computed already',
+        'strategy "p" [seed=1]: baseline 20.0 % (best 20.0 %), already computed',
         'strategy "w [x]": ended early: RuntimeError: no [y]',
     ]
 

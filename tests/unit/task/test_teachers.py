@@ -41,6 +41,13 @@ def test_it_makes_demos_of_the_labels() -> None:
     ]
 
 
+def test_optimizers_give_it_no_demos() -> None:
+    teacher = gold_label_teacher(dspy.Predict(tasks.Double), EXAMPLES)
+    optimizer = BootstrapFewShot(metric=tasks.exact, max_bootstrapped_demos=1, max_labeled_demos=2)
+    optimizer.compile(dspy.Predict(tasks.Double), teacher=teacher, trainset=EXAMPLES)
+    assert optimizer.teacher.predictors()[0].demos == []
+
+
 def test_it_takes_over_the_students_prompt_so_that_training_prompts_are_those_that_will_be_asked() -> None:
     student, teacher = Wrapped(tasks.Double.with_instructions("Twice, please.")), gold_label_teacher(Wrapped(), EXAMPLES)
     student.predictors()[0].demos = [dict(EXAMPLES[0])]
