@@ -4,18 +4,26 @@ Trials run one after the other here, on one server, so the requests between a st
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import dspy
 import pytest
 from conftest import SUPPORT, logged_requests, scripted_sweep
 from support.running_api import Api, running_api
 from support.scripted_answers import instruction
+from support.tasks import double, exact
 
 import bt_ray
+from bt_ray.driver.check import check_sweep
 from bt_ray.run_dir.results import Candidate
+from bt_ray.run_dir.storage import open_storage
+from bt_ray.settings.config import make_config
+from bt_ray.weights import base_weights
+from bt_ray.winner.load import keep_best
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -61,23 +69,45 @@ class Step:
 
 
 class Swept:
-    """A finished sweep in `folder`."""
+    """A finished sweep in `folder`, of whose strategies some are refused."""
 
-    def __init__(self, folder: Path, task: str, strategies: list[str]) -> None:
+    def __init__(self, folder: Path, task: str, strategies: list[str], refused: Sequence[str] = ()) -> None:
         settings = scripted_sweep(folder)
         server = {**settings["server"], "count": 1}
         server["env"] = {**server["env"], "SCRIPTED_DELAY_S": "0.01"}  # so that requests in flight at once are seen
         values = {**settings, "strategies": strategies, "server": server, "num_threads": THREADS}
         self.run_dir = Path(settings["run_dir"])
+        self.config = make_config({**values, "task": task})
         self.result = bt_ray.sweep(task, {**values, "trial": {"max_concurrent": 1}})
         self._requests = logged_requests(folder)
-        assert [trial.traceback for trial in self.result.trials] == [None] * len(strategies)
+        self.errors = {trial.strategy: trial.error or "" for trial in self.result.trials if trial.strategy in refused}
+        assert [trial.traceback for trial in self.result.trials if trial.strategy not in refused] == [None] * (
+            len(strategies) - len(refused)
+        )
 
     def __getitem__(self, prefix: str) -> Step:
         """The step of this prefix, whichever strategies share it."""
         candidate = next(candidate for candidate in self.result.candidates if candidate.prefix == prefix)
         requests = [request for request in self._requests if during(candidate, request["time"])]
         return Step(candidate, json.loads((self.run_dir / candidate.program).read_text()), requests)
+
+    @contextmanager
+    def loaded(self, candidate: Candidate) -> Iterator[Any]:
+        """A candidate's program, as `bt_ray.load` gives that of the best."""
+        storage, best = open_storage(str(self.run_dir)), self.result.best
+        assert best is not None
+        base = base_weights(str(self.config.model), self.config.server.engine_options)
+        for kept in (candidate, best):
+            keep_best(kept, storage, {base.id: base}, self.config, self.config.task)
+            if kept is candidate:
+                program = bt_ray.load(self.run_dir)
+        yield program
+        program.predictors()[0].lm.kill()
+
+    @property
+    def all_requests_are_candidates(self) -> bool:
+        """Whether each request was answered for a candidate."""
+        return all(any(during(candidate, r["time"]) for candidate in self.result.candidates) for r in self._requests)
 
     @property
     def most_in_flight(self) -> int:
@@ -178,6 +208,58 @@ def test_a_program_is_fine_tuned_on_the_prompts_that_it_will_be_asked_with(poole
 def test_requests_in_flight_stay_within_num_threads(pooled: Swept, prefix: str) -> None:
     assert 1 < max(request["in_flight"] for request in pooled[prefix].requests) <= THREADS
     assert pooled.most_in_flight == THREADS, "it is used, too"
+
+
+@pytest.fixture(scope="module")
+def others(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    """The rest of DSPy's optimizers."""
+    strategies = ["labeled", "optuna", "rules", "together", "knn", "ensemble"]
+    return Swept(tmp_path_factory.mktemp("others"), f"{OPTIMIZERS}:other_optimizers", strategies, ["knn", "ensemble"])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "score", "hints", "demos"),
+    [("labeled", 40.0, 0, 2), ("optuna", 30.0, 0, 1), ("rules", 50.0, 0, 3), ("together", 80.0, 2, 2)],
+)
+def test_the_other_optimizers_change_the_program_as_they_should(
+    others: Swept, optimizer: str, score: float, hints: int, demos: int
+) -> None:
+    found, instructions, shown, _ = others[optimizer].outcome
+    assert (found, shown) == (score, demos)
+    assert instructions.startswith(instruction(hints))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kind", "lost"),
+    [
+        ("knn", "KNNFewShot", "the attribute forward (which was added)"),
+        ("ensemble", "Ensemble", "its class (EnsembledProgram, the task's program is a Predict)"),
+    ],
+)
+def test_an_optimizer_whose_program_cannot_be_kept_is_refused_by_name(
+    others: Swept, strategy: str, kind: str, lost: str
+) -> None:
+    assert f"{kind} (optimizer {strategy!r}) made a program that would not be kept" in others.errors[strategy]
+    assert lost in others.errors[strategy]
+    assert [candidate.prefix for candidate in others.result.candidates if strategy in candidate.prefix] == []
+    assert others.all_requests_are_candidates, "nothing is paid for a program that is refused"
+
+
+def test_what_dspy_itself_cannot_build_is_told_before_anything_starts() -> None:
+    config = make_config({"task": f"{OPTIMIZERS}:avatar", "strategies": ["avatar"], "model": "org/model"})
+    with pytest.raises(bt_ray.BtRayError, match="TypedPredictor"):
+        check_sweep(config, None)
+
+
+@pytest.mark.parametrize("sweep", ["pooled", "others"])
+def test_each_candidate_scores_what_its_program_scores_when_it_is_loaded(sweep: str, request: pytest.FixtureRequest) -> None:
+    swept: Swept = request.getfixturevalue(sweep)
+    valset = double().valset
+    for candidate in {candidate.prefix: candidate for candidate in swept.result.candidates}.values():
+        with swept.loaded(candidate) as program:
+            evaluated = dspy.Evaluate(devset=valset, metric=exact, num_threads=THREADS)(program)
+        scores = tuple(float(score) for _, _, score in evaluated.results)
+        assert (candidate.prefix, scores) == (candidate.prefix, candidate.example_scores)
 
 
 def test_without_optimizers_p_and_w_are_those_of_better_together(local_ray: None, tmp_path: Path) -> None:

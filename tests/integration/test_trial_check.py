@@ -1,9 +1,6 @@
 """Each process of a sweep refuses a task that is not the one that the driver made the keys of, and says what differs."""
 
 import shutil
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,69 +135,3 @@ def test_a_testset_that_is_edited_is_not_what_the_best_is_scored_on(sweep: Sweep
     result = bt_ray.SweepResult.read(sweep.folder / "run" / "result.json")
     assert result.best is not None
     assert (result.best.score, result.test_score) == (40.0, None)
-
-
-def test_a_function_that_is_sent_is_the_same_in_each_process(tmp_path: Path) -> None:
-    """Whatever it mentions: sources, names of its module that are attributes too, strings as annotations."""
-    code = textwrap.dedent(f"""
-        from __future__ import annotations
-        import sys
-        sys.path.insert(0, {str(SUPPORT)!r})
-        import bt_ray, dspy, known
-
-        answer, seen = 42, {{}}
-
-        class Item(dspy.Signature):
-            question: str = dspy.InputField()
-            item: dict[str, int] = dspy.OutputField()
-
-        class Notes:
-            def __init__(self):
-                self.seen = []
-
-        class Program(known.Known):
-            def __init__(self, given: Notes):
-                super().__init__()
-                self.notes, self.item = given, dspy.Predict(Item)
-
-            def forward(self, question: str) -> dspy.Prediction:
-                self.notes.seen.append(question)
-                return super().forward(question)
-
-        def exact(example: dspy.Example, prediction: Item, trace: Notes | None = None):
-            return example.answer == prediction.answer
-
-        def build():
-            program = Program(Notes())
-            program.set_lm(dspy.LM("openai/nobody", api_key="none"))
-            of_simba = lambda ctx: {{"a": known.skill(4), "s": dspy.SIMBA(metric=exact, bsize=4)}}
-            return known.task(program=program, metric=exact, optimizers=of_simba, testset=known.examples(range(9)))
-
-        def sweep(processes):
-            settings = {{"strategies": ["a"], "run_dir": sys.argv[1], "trial": {{"processes": processes}}}}
-            return bt_ray.sweep(build, settings)
-
-        if __name__ == "__main__":
-            result = sweep(2)
-            print(result.trials[0].error, [c.score for c in result.candidates], result.test_score)
-    """)
-    script = tmp_path / "script.py"
-    script.write_text(code)
-    for number, command in enumerate(
-        (
-            [
-                "-",
-            ],
-            [str(script)],
-        )
-    ):
-        done = subprocess.run(
-            [sys.executable, *command, str(tmp_path / f"run-{number}")],
-            input=code,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[-1] == "None [40.0, 20.0] 44.44", done.stderr

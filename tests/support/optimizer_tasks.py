@@ -4,18 +4,26 @@ A test whose task asks an API has a copy of this file (see `running_api`).
 """
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Any
 
 import dspy
+import numpy as np
 from api_server import KEY
 from dspy.teleprompt import (
     COPRO,
     GEPA,
     SIMBA,
+    BetterTogether,
     BootstrapFewShot,
+    BootstrapFewShotWithOptuna,
     BootstrapFewShotWithRandomSearch,
     BootstrapFinetune,
+    Ensemble,
+    InferRules,
+    KNNFewShot,
+    LabeledFewShot,
     MIPROv2,
 )
 from dspy.teleprompt.teleprompt import Teleprompter
@@ -63,6 +71,33 @@ def all_optimizers() -> bt_ray.Task:
         optimizer_compile_args={"mipro": FEW_TRIALS, "w": {"teacher": teacher}},
         testset=None,
     )
+
+
+def embed(texts: list[str]) -> Any:
+    """Numbers that are near each other are alike."""
+    return np.array([[1.0, float(re.findall(r"number (\d+)", text)[-1])] for text in texts])
+
+
+def other_optimizers() -> bt_ray.Task:
+    """The rest of DSPy's public optimizers. `knn` and `ensemble` make programs of another kind."""
+    settings = {"max_bootstrapped_demos": 2, "max_labeled_demos": 3}
+
+    def optimizers(ctx: bt_ray.StepContext) -> dict[str, Teleprompter]:
+        return {
+            "labeled": LabeledFewShot(k=2),
+            "optuna": BootstrapFewShotWithOptuna(exact, num_candidate_programs=2, max_labeled_demos=2),
+            "rules": InferRules(num_candidates=1, num_rules=2, metric=exact, **settings),
+            "together": BetterTogether(metric=exact, p=LabeledFewShot(k=2), q=COPRO(metric=exact, breadth=2, depth=2)),
+            "knn": KNNFewShot(3, examples(range(100, 120)), dspy.Embedder(embed), metric=exact, **settings),
+            "ensemble": Ensemble(reduce_fn=dspy.majority),
+        }
+
+    arguments = {"optuna": {"max_demos": 2}, "together": {"strategy": "p -> q"}}
+    return double(optimizers=optimizers, optimizer_compile_args=arguments, testset=None)
+
+
+def avatar() -> bt_ray.Task:
+    return double(optimizers=lambda ctx: {"avatar": dspy.AvatarOptimizer(metric=exact)})
 
 
 def default_optimizers() -> bt_ray.Task:
