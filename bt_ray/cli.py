@@ -58,6 +58,14 @@ BestArgument = Annotated[
     str,
     typer.Argument(metavar="RUN_DIR", help="A sweep's run directory, or its best/: a path or a URI.", show_default=False),
 ]
+CandidateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--candidate",
+        metavar="NAME",
+        help='Another candidate than the best: "p -> w", "baseline", under a variant "p -> w [seed=1]".',
+    ),
+]
 AcceptOption = Annotated[
     bool,
     typer.Option("--accept-changes", help="Compute finished steps again if something that they depend on has changed."),
@@ -105,8 +113,10 @@ def check(
         from bt_ray.driver.check import check_sweep
         from bt_ray.driver.cpu_cost import describe_here
         from bt_ray.driver.sweep import run_directory
+        from bt_ray.run_dir.reuse import describe_sources
 
-        checked = check_sweep(config, run_directory(config), accept_changes=accept_changes)
+        where = run_directory(config)
+        checked = check_sweep(config, where, accept_changes=accept_changes)
         first = checked.first
         train, val, test = first.examples
         console.print(f"task       {config.task}", highlight=False, soft_wrap=True)
@@ -117,6 +127,8 @@ def check(
         console.print("strategies " + ", ".join(f'"{name}"' for name in first.strategies), markup=False, soft_wrap=True)
         if config.space:
             console.print(f"variants   {len(checked.variants)}: {'; '.join(checked.variants)}", markup=False, soft_wrap=True)
+        for line in describe_sources(config, where, (key.key for key in checked.keys.values()), checked.bases):
+            console.print(f"reuse      {line}", markup=False, highlight=False, soft_wrap=True)
         if not checked.bases:
             console.print("servers    none: all LMs are APIs'")
             console.print("All good.", style="green")
@@ -162,6 +174,7 @@ def plan(
         from bt_ray.driver.sweep import run_directory
         from bt_ray.report.plan import make_plan
         from bt_ray.report.steps import plan_lines, step_tree
+        from bt_ray.run_dir.reuse import describe_source, find_sources
         from bt_ray.run_dir.step_store import StepStore
         from bt_ray.run_dir.storage import open_storage
 
@@ -169,6 +182,10 @@ def plan(
         checked = check_sweep(config, where, accept_changes=True)
         keys, first = checked.keys, checked.first
         finished = StepStore(open_storage(where)).finished({label: key.key for label, key in keys.items()}, checked.bases)
+        missing = [key.key for label, key in keys.items() if label not in finished]
+        sources = find_sources(config, missing, checked.bases)
+        taken = {key: step for source in sources for key, step in source.steps.items()}
+        finished |= {label: taken[key.key] for label, key in keys.items() if label not in finished and key.key in taken}
         evaluated = first.examples[1]
         trials = [strategy for variant in checked.variants.values() for strategy in variant.strategies]
         planned = make_plan(trials, keys, finished, evaluated * len(first.task.program.predictors()))
@@ -176,6 +193,8 @@ def plan(
             typer.echo(json.dumps(planned.to_json(), indent=2))
             return
         console.print(step_tree(planned.steps, finished), soft_wrap=True)
+        for source in sources:
+            console.print(f"{describe_source(source)}.", markup=False, highlight=False, soft_wrap=True)
         for line in plan_lines(planned, evaluated, config.student_server.gpus):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -291,6 +310,7 @@ def prune(
 @app.command()
 def serve(
     run_dir: BestArgument,
+    candidate: CandidateOption = None,
     host: Annotated[str, typer.Option("--host", help="The address to listen on, on this machine.")] = "127.0.0.1",
     port: Annotated[
         int | None,
@@ -303,7 +323,9 @@ def serve(
         typer.Option("--address", help='Serve on a Ray cluster: "auto" or its address. Default: this machine.'),
     ] = None,
 ) -> None:
-    """Serve the best program's model until Ctrl-C, with an OpenAI-compatible API. Prints the address and the token.
+    """Serve the best program's model, or another candidate's, until Ctrl-C, with an OpenAI-compatible API.
+
+    Prints the address and the token.
 
     The server runs on this machine; with --address, or in a Ray job, on a node of the cluster that has the GPUs. The token
     is new each time, unless the environment variable BT_RAY_SERVE_TOKEN has one.
@@ -314,10 +336,10 @@ def serve(
     """
     with _explain_errors(), contextlib.ExitStack() as opened:
         from bt_ray.driver.ray_session import inside_job
-        from bt_ray.winner.load import find_best
+        from bt_ray.winner.load import find_program
         from bt_ray.winner.serve import MakeSlot, here, served_best
 
-        kept = find_best(run_dir)
+        kept = find_program(run_dir, candidate)
         if address is not None or inside_job():
             from bt_ray.driver.ray_session import connected
             from bt_ray.pool.remote_slot import on_cluster
@@ -332,10 +354,11 @@ def serve(
                 typer.echo(f"model    {endpoint.weights_id}\naddress  {endpoint.url}/v1")
             urls = [endpoint.url for endpoint in served.endpoints]
             where = f'"{urls[0]}"' if len(urls) == 1 else json.dumps(urls)
+            which = f", candidate={json.dumps(candidate)}" if candidate is not None else ""
             typer.echo(
                 f"token    {served.token}\n\nIn Python:\n\n"
                 "import bt_ray\n"
-                f'program = bt_ray.load("{kept.storage.location}", served_at={where}, token="{served.token}")\n'
+                f'program = bt_ray.load("{kept.storage.location}"{which}, served_at={where}, token="{served.token}")\n'
                 "print(program(...))  # with the inputs of your task\n"
             )
             served.keep_up(typer.echo)
@@ -345,8 +368,9 @@ def serve(
 def export(
     run_dir: BestArgument,
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The folder to create.", show_default=False)],
+    candidate: CandidateOption = None,
 ) -> None:
-    """Copy the best program and its model to a folder that DSPy, transformers and vLLM open without bt_ray.
+    """Copy the best program, or another candidate, and its model to a folder that DSPy and vLLM open without bt_ray.
 
     The folder also gets a model card, and a manifest with checksums, versions, and what the program depends on.
 
@@ -355,7 +379,7 @@ def export(
     with _explain_errors():
         from bt_ray.winner.export import export as copy
 
-        exported = copy(run_dir, to)
+        exported = copy(run_dir, to, candidate)
         typer.echo(f"{exported.folder}: {exported.size / 1e9:.2f} GB. README.md there says how to use it.")
 
 

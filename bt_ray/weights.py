@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from bt_ray.errors import StorageError
 from bt_ray.layout import WEIGHTS
 
 MANIFEST = "bt_ray_weights.json"
@@ -30,6 +31,7 @@ class Weights:
         parent: The id of the weights that were fine-tuned into these, None for a base model.
         revision: The commit of a model of the hub; None for a folder.
         on: Of a LoRA adapter: the base model that it is loaded onto. None for a whole checkpoint.
+        origin: Of a fine-tune: the location of the run directory that it lies in, if that is another than the sweep's own.
     """
 
     id: str
@@ -37,6 +39,7 @@ class Weights:
     parent: str | None = None
     revision: str | None = None
     on: "Weights | None" = None
+    origin: str | None = None
 
     @property
     def base(self) -> str:
@@ -81,6 +84,13 @@ def new_weights_id(parent: Weights) -> str:
     return f"{parent.base}{FINE_TUNE}{secrets.token_hex(6)}"
 
 
+def weights_gone(path: str, location: str, origin: str | None = None) -> StorageError:
+    """The error for weights that are no longer in their run directory, or in that which `location` refers to for them."""
+    if origin is None:
+        return StorageError(f"The weights {path} in {location} are gone.")
+    return StorageError(f"The weights {path} in {origin} are gone, to which {location} refers (reuse_weights).")
+
+
 def fine_tuned(manifest: Mapping[str, Any]) -> Weights:
     """The weights whose manifest this is. It is written last: without it, nothing is there."""
     on = manifest.get("on")
@@ -89,4 +99,5 @@ def fine_tuned(manifest: Mapping[str, Any]) -> Weights:
         path=f"{WEIGHTS}/{manifest['id']}",
         parent=manifest["parent"],
         on=None if on is None else Weights.from_json(on),
+        origin=manifest.get("origin"),
     )

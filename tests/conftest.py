@@ -151,7 +151,7 @@ def local_ray(s3: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Iter
         ray.shutdown()
 
 
-TOGETHER = {"test_job.py", "test_optimizers.py", "test_report_page.py", "test_winner.py"}
+TOGETHER = {"test_job.py", "test_optimizers.py", "test_report_page.py", "test_reuse.py", "test_winner.py"}
 """Files whose tests share what is costly to make."""
 
 

@@ -15,6 +15,7 @@ from dspy.teleprompt.teleprompt import Teleprompter
 
 from bt_ray.errors import BtRayError, ConfigError, InfrastructureFailure, TaskError
 from bt_ray.models import NoModels
+from bt_ray.run_dir.reuse import check_sources
 from bt_ray.run_dir.run_directory import check_run_directory
 from bt_ray.settings.config import EveryStrategy, ServerConfig, StrategySearch, SweepConfig
 from bt_ray.settings.space import Variant, variants
@@ -139,6 +140,7 @@ def check_sweep(
                 f"filesystem that all nodes share; it is {run_dir}."
             )
         check_run_directory(run_dir, checked.keys, accept_changes=accept_changes)
+    check_sources(config, run_dir)
     return checked
 
 

@@ -35,7 +35,8 @@ class Spent:
 class SearchWalk:
     """Decides which strategy is walked next, from what the steps of all have scored.
 
-    What finished in an earlier run counts as if this one had computed it, except for its time.
+    What finished in an earlier run counts as if this one had computed it, except for its time. What was taken from another
+    run directory costs nothing.
 
     Args:
         settings: The search.
@@ -67,8 +68,9 @@ class SearchWalk:
         self._scored = False
         self._lock = Lock()
         for prefix, step in finished.items():
-            self._spent.add(step.seconds, step.prompt_tokens + step.completion_tokens)
-            self._observe(prefix, step.score)
+            if not step.origin:
+                self._spent.add(step.seconds, step.prompt_tokens + step.completion_tokens)
+            self._observe(prefix, step.score, free=bool(step.origin))
 
     def next(self) -> str | None:
         """The strategy to walk now; None if there is none, at least until more is known."""
@@ -114,9 +116,9 @@ class SearchWalk:
             found.append(Expected(prefix, *self._search.expect(prefix), reason))
         return tuple(sorted(found, key=lambda step: -step.score))
 
-    def _observe(self, prefix: str, score: float | None) -> None:
+    def _observe(self, prefix: str, score: float | None, *, free: bool = False) -> None:
         # It counts with the first who reports it: that may be one who loaded it, before the one who computed it.
-        self._spent.steps += prefix != BASELINE and prefix not in self._known
+        self._spent.steps += prefix != BASELINE and prefix not in self._known and not free
         self._known.add(prefix)
         if score is not None:
             self._search.observe(prefix, score)

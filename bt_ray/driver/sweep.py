@@ -20,10 +20,11 @@ from bt_ray.layout import RESULT, TRIALS
 from bt_ray.run_dir.examples import examples_file, keep_examples
 from bt_ray.run_dir.lock import held
 from bt_ray.run_dir.results import Candidate, StepFailure, SweepResult, TrialResult, best_so_far
-from bt_ray.run_dir.run_directory import prepare_run_directory
+from bt_ray.run_dir.reuse import find_sources, take_steps
+from bt_ray.run_dir.run_directory import VariantSteps, prepare_run_directory
 from bt_ray.run_dir.status_file import StatusFile
 from bt_ray.run_dir.step_store import FinishedStep, StepStore
-from bt_ray.run_dir.storage import open_storage
+from bt_ray.run_dir.storage import Storage, open_storage
 from bt_ray.settings.config import StrategySearch, SweepConfig, make_config
 from bt_ray.settings.toml import with_absolute_paths
 from bt_ray.strategy import BASELINE, parent, prefixes, start_order
@@ -93,7 +94,9 @@ def run_sweep(
         tell(Stage(line))
     storage = open_storage(run_dir)
     with held(storage, lambda text: tell(Stage(text))) as drivers:
-        prepare_run_directory(storage, config, checked.keys)
+        prepare_run_directory(storage, config, checked.keys, _variant_steps(checked), checked.bases)
+        for line in _reused(config, storage, checked, drivers * CLAIMS_PER_DRIVER):
+            tell(Stage(line))
         for file, examples in _validation_examples(checked).items():
             keep_examples(storage, file, examples)
         with StatusFile(storage).kept() as status, mlflow_runs(config, storage, tell) as runs:
@@ -340,6 +343,20 @@ def run_directory(config: SweepConfig) -> str:
             "absolute path that all nodes share, with --run-dir."
         )
     return str(given.resolve())
+
+
+def _reused(config: SweepConfig, storage: Storage, checked: CheckedSweep, fence: int) -> list[str]:
+    """Take the steps that are missing from the directories that the settings name; what was taken from where, in words."""
+    if not config.reuse:
+        return []
+    store, keys = StepStore(storage), {key.key: key.key for key in checked.keys.values()}
+    missing = keys.keys() - store.finished(keys, checked.bases).keys()
+    return take_steps(find_sources(config, missing, checked.bases), store, config, checked.bases, fence)
+
+
+def _variant_steps(checked: CheckedSweep) -> dict[str, VariantSteps]:
+    variants = checked.variants.items()
+    return {name: VariantSteps(v.values, {prefix: key.key for prefix, key in v.keys.items()}) for name, v in variants}
 
 
 def _validation_examples(checked: CheckedSweep) -> dict[str, list[Any]]:

@@ -57,8 +57,12 @@ class Plan:
         return [label for label in self.new if self.steps[label].trains]
 
     def to_json(self) -> dict[str, Any]:
-        """Each step with its key, what that is made of, and whether it is finished."""
-        steps = [{"label": label, **key.to_json(), "finished": label in self.finished} for label, key in self.steps.items()]
+        """Each step with its key, what that is made of, whether it is finished, and where it is taken from if elsewhere."""
+        steps = []
+        for label, key in self.steps.items():
+            step = self.finished.get(label)
+            found = {"finished": step is not None, "origin": step.origin if step is not None else ""}
+            steps.append({"label": label, **key.to_json(), **found})
         return {"steps": steps}
 
 

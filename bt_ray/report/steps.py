@@ -63,4 +63,6 @@ def _label(label: str, key: StepKey, step: FinishedStep | None) -> str:
     fine_tunes = sorted({weights_id.partition("-ft-")[2] for weights_id in step.weights.values()} - {""})
     weights = f", weights {', '.join(f'ft-{name}' for name in fine_tunes)}" if fine_tunes else ""
     tokens = step.prompt_tokens + step.completion_tokens
-    return f"{name}: {percent(step.score)} in {step.seconds:.0f} s, {step.requests} requests, {tokens} tokens{weights}"
+    origin = f", from {step.origin}" if step.origin else ""
+    took = f"{step.seconds:.0f} s, {step.requests} requests, {tokens} tokens"
+    return f"{name}: {percent(step.score)} in {took}{weights}{origin}"

@@ -1,18 +1,24 @@
 """What a sweep found: frozen candidates, trials and the ranked whole, as JSON in `result.json`."""
 
+import importlib
 import traceback
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
 
-from bt_ray.errors import StepFailed, StorageError
+from bt_ray.errors import ConfigError, StepFailed, StorageError
 from bt_ray.location import parent_and_name
 from bt_ray.run_dir.storage import open_storage
-from bt_ray.strategy import length
+from bt_ray.strategy import length, step_label
 
 SCHEMA_VERSION = 1
+
+
+def candidate_name(prefix: str, variant: str = "") -> str:
+    """Names a candidate among those of a sweep: `"p -> w"`, `"baseline"`, under a variant `"p -> w [seed=1]"`."""
+    return step_label(prefix or "baseline", variant)
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class Candidate:
         test_example_scores: The metric's value for each test example, in order.
         valset: A hash of the validation examples. Scores of programs with different ones say nothing of each other.
         testset: A hash of the test examples, likewise.
+        origin: The run directory that its step was taken from; `""` if it was computed in the sweep's own.
+        run_dir: Where it is kept; `""` outside of a result.
     """
 
     strategy: str
@@ -52,6 +60,23 @@ class Candidate:
     test_example_scores: tuple[float, ...] = ()
     valset: str = ""
     testset: str = ""
+    origin: str = ""
+    run_dir: str = field(default="", compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """Names it among the candidates of its sweep."""
+        return candidate_name(self.prefix, self.variant)
+
+    def load(self, task: Any = None, **served: Any) -> Any:
+        """The program, ready to answer, as `bt_ray.load` gives it, whose arguments this takes."""
+        if not self.run_dir:
+            raise ConfigError(f'Candidate "{self.name}" does not say where it is kept: take it from a result.')
+        surface = importlib.import_module("bt_ray")  # stands above all layers, and is there by the time that this is called
+        return surface.load(self.run_dir, task, candidate=self.name, **served)
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "run_dir"}
 
     @property
     def rank_key(self) -> tuple[float, int]:
@@ -110,7 +135,7 @@ class TrialResult:
         return min(self.candidates, key=lambda candidate: candidate.rank_key)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "candidates": [candidate.to_json() for candidate in self.candidates]}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
@@ -161,6 +186,13 @@ class SweepResult:
     believed: Expected | None = None
     schema_version: int = field(default=SCHEMA_VERSION)
 
+    def __post_init__(self) -> None:
+        kept_here = [
+            replace(trial, candidates=tuple(replace(candidate, run_dir=self.run_dir) for candidate in trial.candidates))
+            for trial in self.trials
+        ]
+        object.__setattr__(self, "trials", tuple(kept_here))
+
     @property
     def candidates(self) -> tuple[Candidate, ...]:
         found = [candidate for trial in self.trials for candidate in trial.candidates]
@@ -188,9 +220,9 @@ class SweepResult:
             "schema_version": self.schema_version,
             "run_dir": self.run_dir,
             "seconds": self.seconds,
-            "best": asdict(self.best) if self.best else None,
+            "best": self.best.to_json() if self.best else None,
             "test_score": self.test_score,
-            "candidates": [asdict(candidate) for candidate in self.candidates],
+            "candidates": [candidate.to_json() for candidate in self.candidates],
             "trials": [trial.to_json() for trial in self.trials],
             "skipped": [asdict(step) for step in self.skipped],
             "believed": asdict(self.believed) if self.believed else None,
@@ -198,7 +230,7 @@ class SweepResult:
 
     @classmethod
     def read(cls, file: str | Path) -> Self:
-        """The result that a sweep left in `file`, its `result.json`: a path, or a URI.
+        """The result that a sweep left in `file`, its `result.json`: a path, or a URI. Its `run_dir` is where it is now.
 
         Raises:
             StorageError: It cannot be read.
@@ -207,7 +239,7 @@ class SweepResult:
         values = open_storage(run_dir).read_json(name)
         if values is None:
             raise StorageError(f"{file} is no result of a sweep.")
-        return cls.from_json(values)
+        return cls.from_json({**values, "run_dir": run_dir})
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:

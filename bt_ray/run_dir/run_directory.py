@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from bt_ray.errors import ConfigError, StorageError
@@ -11,9 +12,23 @@ from bt_ray.run_dir.storage import Storage, open_storage
 from bt_ray.settings.config import SweepConfig
 from bt_ray.step import KIND, StepKey
 from bt_ray.strategy import length
+from bt_ray.weights import Weights
 
 MOST_NAMED = 8
 """Changes that a message names."""
+
+
+@dataclass(frozen=True)
+class VariantSteps:
+    """The steps of a variant of the settings.
+
+    Attributes:
+        settings: Its values of the space, by name.
+        steps: The key of each step, by prefix.
+    """
+
+    settings: dict[str, Any]
+    steps: dict[str, str]
 
 
 def check_run_directory(run_dir: str, keys: Mapping[str, StepKey], *, accept_changes: bool) -> None:
@@ -109,8 +124,22 @@ def _steps(values: Any) -> dict[str, Any]:
     return steps if isinstance(steps, dict) else {}
 
 
-def prepare_run_directory(storage: Storage, config: SweepConfig, keys: Mapping[str, StepKey]) -> None:
-    """Make the directory the sweep's own. Finished steps, and the best program of an earlier run, are kept."""
+def prepare_run_directory(
+    storage: Storage,
+    config: SweepConfig,
+    keys: Mapping[str, StepKey],
+    variants: Mapping[str, VariantSteps] | None = None,
+    bases: Mapping[str, Weights] | None = None,
+) -> None:
+    """Make the directory the sweep's own. Finished steps, and the best program of an earlier run, are kept.
+
+    Args:
+        storage: The directory.
+        config: The sweep's settings.
+        keys: The key of each step, by its label, each once.
+        variants: The steps of each variant, by its name.
+        bases: The base models that the sweep serves, by id.
+    """
     for name in (TRIALS, RESULT, STATUS):
         storage.delete(name)
     before = storage.read_json(SWEEP) or {}
@@ -120,5 +149,8 @@ def prepare_run_directory(storage: Storage, config: SweepConfig, keys: Mapping[s
     if accepted:
         changes.append({"at": time.time(), "steps": accepted, "changed": _changes(theirs, keys, accepted)})
     steps = {**theirs, **{prefix: key.to_json() for prefix, key in keys.items()}}
-    storage.write_json(SWEEP, {"key_kind": KIND, "steps": steps, "accepted_changes": changes})
+    named = {**before.get("variants", {}), **{name: asdict(variant) for name, variant in (variants or {}).items()}}
+    served = {**before.get("bases", {}), **{id_: base.to_json() for id_, base in (bases or {}).items()}}
+    written = {"key_kind": KIND, "steps": steps, "accepted_changes": changes, "variants": named, "bases": served}
+    storage.write_json(SWEEP, written)
     storage.write_json(CONFIG, config.without_secrets())

@@ -16,8 +16,8 @@ from typing import Any
 from bt_ray.errors import StorageError
 from bt_ray.layout import STEPS, WEIGHTS
 from bt_ray.run_dir.results import Candidate
-from bt_ray.run_dir.storage import Storage
-from bt_ray.weights import MANIFEST, Weights, fine_tuned
+from bt_ray.run_dir.storage import Storage, open_storage
+from bt_ray.weights import MANIFEST, Weights, fine_tuned, weights_gone
 
 SCHEMA_VERSION = 1
 READERS = 16
@@ -46,6 +46,7 @@ class FinishedStep:
         cut_off: Answers that ended because `max_tokens` or the context was full.
         api_models: The model of each predictor whose LM no server of the sweep answers for, by the predictor's name.
         example_errors: What the program or the metric raised for examples, which scored 0 for that, and for how many.
+        origin: The run directory that it was taken from; `""` if it was computed in its own.
     """
 
     key: str
@@ -64,6 +65,7 @@ class FinishedStep:
     cut_off: int = 0
     api_models: dict[str, str] = field(default_factory=dict)
     example_errors: dict[str, int] = field(default_factory=dict)
+    origin: str = ""
 
     def candidate(self, strategy: str, variant: str = "", valset: str = "") -> Candidate:
         """The step as a candidate of `strategy`, which has it as a prefix, under a variant of the settings.
@@ -86,6 +88,7 @@ class FinishedStep:
             variant=variant,
             example_errors=self.example_errors,
             valset=valset,
+            origin=self.origin,
         )
 
 
@@ -150,8 +153,16 @@ class StepStore:
         found = ((prefix, steps.get(key)) for prefix, key in keys.items())
         return {prefix: step for prefix, step in found if step is not None and gone.isdisjoint(step.weights.values())}
 
+    def has_weights(self, weights_id: str) -> bool:
+        """Whether what a finished fine-tune left is there, or where the run directory refers to."""
+        return self._weights_manifest(weights_id) is not None
+
     def _weights_manifest(self, weights_id: str) -> Any:
-        return self.storage.read_json(f"{WEIGHTS}/{weights_id}/{MANIFEST}")
+        name = f"{WEIGHTS}/{weights_id}/{MANIFEST}"
+        manifest = self.storage.read_json(name)
+        if manifest is not None and (origin := manifest.get("origin")) is not None:
+            return manifest if open_storage(origin).read_json(name) is not None else None
+        return manifest
 
     def read_weights(self, weights_id: str) -> Weights:
         """The weights that a finished fine-tune left.
@@ -161,7 +172,9 @@ class StepStore:
         """
         manifest = self._weights_manifest(weights_id)
         if manifest is None:
-            raise StorageError(f"The weights {WEIGHTS}/{weights_id} in {self.storage.location} are gone.")
+            path = f"{WEIGHTS}/{weights_id}"
+            left = self.storage.read_json(f"{path}/{MANIFEST}") or {}
+            raise weights_gone(path, self.storage.location, left.get("origin"))
         return fine_tuned(manifest)
 
     def commit(self, step: FinishedStep, attempt: str) -> None:

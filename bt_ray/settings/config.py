@@ -342,6 +342,11 @@ class SweepConfig(Section):
     """How often to draw from the distributions in `[space]`."""
     run_dir: str | None = None
     """The run directory: a path, or `s3://...` or `gs://...`. Default: a new folder `runs/TASK-DATE-TIME`."""
+    reuse: tuple[str, ...] = ()
+    """Other run directories, paths or URIs: their finished steps are taken where they are this sweep's. They are only
+    read."""
+    reuse_weights: Literal["copy", "reference"] = "copy"
+    """What becomes of the weights of these steps: a `copy` in the run directory, or a `reference` to where they are."""
     seed: int = 0
     """Seed for the order of the data, the optimizers (`ctx.seed`), training, and draws from `[space]`."""
     num_threads: int = Field(16, ge=1)
@@ -390,12 +395,17 @@ class SweepConfig(Section):
     def _space_as_json(self, space: dict[str, Any]) -> dict[str, Any]:
         return {key: value if isinstance(value, list | dict) else str(value) for key, value in space.items()}
 
-    @field_validator("run_dir")
+    @field_validator("reuse", mode="before")
     @classmethod
-    def _check_run_dir(cls, value: str | None) -> str | None:
-        if value is not None:
+    def _several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+    @field_validator("run_dir", "reuse")
+    @classmethod
+    def _check_run_dir(cls, value: Any) -> Any:
+        for location in (value,) if isinstance(value, str) else value or ():
             try:
-                check_location(value)
+                check_location(location)
             except ConfigError as error:
                 raise ValueError(str(error).rstrip(".")) from None
         return value

@@ -20,6 +20,8 @@ SHARED = {
     "task": "a sweep has one task; give it arguments in [args]",
     "strategies": "each strategy runs under every variant anyway",
     "run_dir": "a sweep has one run directory",
+    "reuse": "all variants take what is theirs from the same directories",
+    "reuse_weights": "a sweep has one run directory",
     "autoscaling": "all variants share the cluster",
     "server": "all variants share the servers",
     "trial": "all variants share the trials",
@@ -67,7 +69,8 @@ def variants(config: SweepConfig) -> list[Variant]:
     found = {}
     for _ in range(config.num_samples):
         for _, values in generate_variants(spec, random_state=chance):
-            variant = _variant(config, {key: _plain(values[key]) for key in config.space})
+            own = {key: _plain(values[key]) for key in config.space}
+            variant = Variant(own, apply_values(config, own))
             found[variant.name] = variant
     return list(found.values())
 
@@ -104,7 +107,12 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _variant(config: SweepConfig, values: dict[str, Any]) -> Variant:
+def apply_values(config: SweepConfig, values: Mapping[str, Any]) -> SweepConfig:
+    """The settings of the variant that has these values of the space.
+
+    Raises:
+        ConfigError: A value that its setting cannot have.
+    """
     changed: dict[str, Any] = config.model_dump(exclude={"space", "num_samples"})
     for key, value in values.items():
         *sections, name = key.split(".")
@@ -114,4 +122,4 @@ def _variant(config: SweepConfig, values: dict[str, Any]) -> Variant:
             if not isinstance(inner, dict):
                 raise ConfigError(f"space: {key!r}: {section!r} is no section.")
         inner[name] = value
-    return Variant(values, make_config(changed, source=f"space: {variant_name(values)}"))
+    return make_config(changed, source=f"space: {variant_name(values)}")

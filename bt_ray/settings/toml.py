@@ -18,7 +18,7 @@ def load_config(
 ) -> SweepConfig:
     """Read a sweep's TOML.
 
-    Relative paths in the file (`task`, `model`, `run_dir`) are relative to the file; those in `overrides` and
+    Relative paths in the file (`task`, `model`, `run_dir`, `reuse`) are relative to the file; those in `overrides` and
     `assignments` to the current directory.
 
     Args:
@@ -71,9 +71,10 @@ def with_absolute_paths(given: Mapping[str, Any], base: Path, *, refuse_relative
     space = values.get("space")
     if isinstance(space, dict) and isinstance(space.get("model"), list):
         values["space"] = {**space, "model": [_absolute_model(model, base) for model in space["model"]]}
-    run_dir = values.get("run_dir")
-    if isinstance(run_dir, str) and "://" not in run_dir:
-        values["run_dir"] = str((base / Path(run_dir).expanduser()).resolve())
+    if isinstance(run_dir := values.get("run_dir"), str):
+        values["run_dir"] = _absolute_location(run_dir, base)
+    if (reuse := values.get("reuse")) is not None:
+        values["reuse"] = [_absolute_location(one, base) if isinstance(one, str) else one for one in _listed(reuse)]
     server = values.get("server")
     if isinstance(server, Mapping) and isinstance(own := server.get("models"), Mapping):
         values["server"] = {**server, "models": {_absolute_model(model, base): own[model] for model in own}}
@@ -87,14 +88,23 @@ def _absolute_model(model: str, base: Path) -> str:
     return str((base / Path(model).expanduser()).resolve()) if looks_like_path(model, base) else model
 
 
+def _absolute_location(location: str, base: Path) -> str:
+    return location if "://" in location else str((base / Path(location).expanduser()).resolve())
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 def _refuse_relative_paths(values: Mapping[str, Any], base: Path) -> None:
     server = values.get("server")
     own = server.get("models", {}) if isinstance(server, Mapping) else {}
     given = [("model", values.get("model"), "--set model=..."), ("run_dir", values.get("run_dir"), "--run-dir ...")]
+    given += [("reuse", one, "--set reuse=['\"/...\"']") for one in _listed(values.get("reuse"))]
     for key, value, better in [*given, *(("server.models", of, '[server.models."/..."]') for of in own)]:
         if not isinstance(value, str) or "://" in value or Path(value).expanduser().is_absolute():
             continue
-        if key == "run_dir" or looks_like_path(value, base):
+        if key in ("run_dir", "reuse") or looks_like_path(value, base):
             raise ConfigError(
                 f"{key}: {value} is relative. A job's working directory is a copy that goes away with the job: give an "
                 f"absolute path that all nodes share ({better})."

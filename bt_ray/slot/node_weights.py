@@ -17,8 +17,8 @@ from pathlib import Path
 from bt_ray.errors import StorageError
 from bt_ray.layout import WEIGHTS
 from bt_ray.run_dir.node_disk import CACHE_VARIABLE, node_cache
-from bt_ray.run_dir.storage import PART, Storage, remove_parts
-from bt_ray.weights import MANIFEST, Weights, file_digests
+from bt_ray.run_dir.storage import PART, Storage, open_storage, remove_parts
+from bt_ray.weights import MANIFEST, Weights, file_digests, weights_gone
 
 RESERVE = 0.05
 """Share of the disk that copies leave free."""
@@ -48,10 +48,11 @@ class NodeWeights:
         Raises:
             StorageError: They cannot be had.
         """
+        storage = self._storage_of(weights)
         if weights.parent is None:
             yield weights
-        elif self._storage.in_place and self._storage.folder is not None:
-            folder = self._storage.folder / weights.path
+        elif storage.in_place and storage.folder is not None:
+            folder = storage.folder / weights.path
             if not (folder / MANIFEST).is_file():
                 raise self._gone(weights)
             yield replace(weights, path=str(folder))
@@ -116,13 +117,17 @@ class NodeWeights:
 
     def _make_copy(self, weights: Weights, folder: Path) -> None:
         remove_parts(folder)
-        self._make_room(self._storage.size(weights.path))
-        self._storage.download(weights.path, folder)
+        storage = self._storage_of(weights)
+        self._make_room(storage.size(weights.path))
+        storage.download(weights.path, folder)
         if not (folder / MANIFEST).is_file():
             raise self._gone(weights)
 
     def _gone(self, weights: Weights) -> StorageError:
-        return StorageError(f"The weights {weights.path} in {self._storage.location} are gone.")
+        return weights_gone(weights.path, self._storage.location, weights.origin)
+
+    def _storage_of(self, weights: Weights) -> Storage:
+        return self._storage if weights.origin is None else open_storage(weights.origin)
 
     def _make_room(self, size: int) -> None:
         """Remove what was left of copies that were cut off, and copies that nobody uses until `size` bytes fit.

@@ -12,12 +12,12 @@ from typing import Any
 from bt_ray.errors import ConfigError
 from bt_ray.layout import RESULT
 from bt_ray.run_dir.node_disk import Scratch
-from bt_ray.run_dir.results import SweepResult
+from bt_ray.run_dir.results import Candidate, SweepResult
 from bt_ray.run_dir.run_directory import read_steps
 from bt_ray.slot.node_weights import NodeWeights
 from bt_ray.weights import MANIFEST as WEIGHTS_MANIFEST
 from bt_ray.weights import Weights
-from bt_ray.winner.load import Kept, find_best
+from bt_ray.winner.load import Kept, find_program
 
 FORMAT = 1
 PROGRAM, MODEL, CARD, MANIFEST = "program.json", "model", "README.md", "manifest.json"
@@ -38,19 +38,20 @@ class Exported:
     size: int
 
 
-def export(folder: str | Path, to: str | Path) -> Exported:
-    """Copy the best program of a sweep, its models and tokenizers, where it comes from, and a model card to `to`.
+def export(folder: str | Path, to: str | Path, candidate: str | Candidate | None = None) -> Exported:
+    """Copy the best program of a sweep, or another candidate, to `to`: with its models, where it comes from, and a card.
 
     The copy is whole or not there. A base model that comes from the hub is named and not copied.
 
     Args:
         folder: A sweep's run directory, or its `best` folder: a path, or a URI of an object store.
         to: A folder that is not there yet, or is empty.
+        candidate: Which one, if not the best: its name, or one of a result's `candidates`.
 
     Raises:
-        BtRayError: There is no best program, or `to` is not empty.
+        BtRayError: There is no such program, or `to` is not empty.
     """
-    kept, target = find_best(folder), Path(to).expanduser().resolve()
+    kept, target = find_program(folder, candidate), Path(to).expanduser().resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} is there already. Name a folder that is not, or an empty one.")
     part = target.with_name(f".{target.name}.part")
@@ -104,12 +105,15 @@ def _lineage(kept: Kept) -> dict[str, Any]:
     while (found := by_key.get(key)) is not None:
         depends_on[found.prefix or "baseline"], key = found.parts, found.parent
     values["depends_on"] = depends_on
+    values["revisions"] = {w.path: w.revision for w in kept.weights.values() if w.revision is not None}
     step = next((step for step in finished.values() if step.key == manifest["step"]), None)
     values["validation_examples"] = len(step.example_scores) if step is not None else None
     if (result := kept.storage.read_json(RESULT)) is not None:
-        best = SweepResult.from_json(result).best
-        if best is not None and manifest["step"] in best.program:
-            values |= {"test_score": best.test_score, "test_examples": len(best.test_example_scores)}
+        sweep = SweepResult.from_json(result)
+        ours = next((c for c in sweep.candidates if manifest["step"] in c.program and c.test_score is not None), None)
+        if ours is not None:
+            values |= {"test_score": ours.test_score, "test_examples": len(ours.test_example_scores)}
+        values["is_best"] = sweep.best is not None and manifest["step"] in sweep.best.program
     return values
 
 
@@ -131,7 +135,7 @@ A DSPy program with the model that it was optimized for, found by a sweep of Bet
 | | |
 |---|---|
 | strategy | `$strategy` |
-| score on the valset, which picked it | $score |
+| score on the valset$picked | $score |
 | score on the testset | $test |
 | seed | $seed |
 | task | `$task` |
@@ -177,6 +181,7 @@ def _card(name: str, manifest: Mapping[str, Any], weights: Mapping[str, Weights]
         name=name,
         base=f"base_model: {hub[0]}\n" if hub else "",
         strategy=manifest["prefix"] or "baseline",
+        picked=", which picked it" if manifest.get("is_best", True) else "",
         score=_percent(manifest["score"], manifest.get("validation_examples")),
         test=_percent(manifest.get("test_score"), manifest.get("test_examples")),
         seed=manifest["seed"],

@@ -1,4 +1,4 @@
-"""Programs on disk: save a candidate's state, keep the best of a sweep, load it again to answer.
+"""Programs on disk: keep the best of a sweep, and load it, or another candidate, again to answer.
 
 A program is kept as DSPy's JSON state without LMs; beside it stands which weights each predictor uses. No pickle.
 """
@@ -12,9 +12,10 @@ from typing import Any
 import dspy
 
 from bt_ray.errors import BtRayError, ConfigError, TaskError
-from bt_ray.layout import BEST, BEST_MANIFEST, BEST_PROGRAM, WEIGHTS
+from bt_ray.layout import BEST, BEST_MANIFEST, BEST_PROGRAM, SWEEP, WEIGHTS
 from bt_ray.location import parent_and_name
 from bt_ray.models import Models
+from bt_ray.run_dir.candidates import find_candidate, read_bases
 from bt_ray.run_dir.node_disk import Scratch
 from bt_ray.run_dir.results import Candidate
 from bt_ray.run_dir.step_store import StepStore
@@ -26,7 +27,7 @@ from bt_ray.trial.program_lms import ServedModels, assign_versions, serving
 from bt_ray.trial.program_state import load_state
 from bt_ray.trial.steps import read_installed_versions
 from bt_ray.weights import Weights, find_hub_models
-from bt_ray.winner.local_models import LocalModels
+from bt_ray.winner.local_models import open_local_models
 from bt_ray.winner.remote_models import RemoteModels
 
 
@@ -57,18 +58,18 @@ def keep_best(best: Candidate, storage: Storage, bases: Mapping[str, Weights], c
 
 @dataclass(frozen=True)
 class Kept:
-    """The best program of a sweep, as it lies in its run directory.
+    """The best program of a sweep, or another candidate, as it lies in its run directory.
 
     Attributes:
         storage: The run directory.
-        name: Of the folder in it.
-        manifest: What `keep_best` wrote.
+        file: DSPy's JSON state of the program, relative to it.
+        manifest: What `keep_best` wrote, or would write.
         config: The settings that it was computed under.
         weights: Those of its predictors with served LMs, by id.
     """
 
     storage: Storage
-    name: str
+    file: str
     manifest: Mapping[str, Any]
     config: SweepConfig
     weights: Mapping[str, Weights]
@@ -76,7 +77,7 @@ class Kept:
     @property
     def program(self) -> bytes:
         """DSPy's JSON state of it."""
-        return StepStore(self.storage).read_program(f"{self.name}/{BEST_PROGRAM}")
+        return StepStore(self.storage).read_program(self.file)
 
 
 def find_best(folder: str | Path) -> Kept:
@@ -88,7 +89,7 @@ def find_best(folder: str | Path) -> Kept:
     Raises:
         BtRayError: The folder holds no finished program, or what it refers to is gone.
     """
-    location = str(folder) if "://" in str(folder) else str(Path(folder).expanduser().resolve())
+    location = _location(folder)
     storage, name = open_storage(location), BEST
     manifest = storage.read_json(f"{name}/{BEST_MANIFEST}")
     if manifest is None:
@@ -100,36 +101,77 @@ def find_best(folder: str | Path) -> Kept:
     config = make_config(manifest["config"], source=f"{folder}/{BEST_MANIFEST}")
     commits = manifest.get("revisions", {})
     weights = {id_: _find_weights(storage, id_, path, commits.get(id_)) for id_, path in manifest["weights"].items()}
-    return Kept(storage, name, manifest, config, weights)
+    return Kept(storage, f"{name}/{BEST_PROGRAM}", manifest, config, weights)
+
+
+def find_program(folder: str | Path, candidate: str | Candidate | None = None) -> Kept:
+    """The best program of a sweep, or, if one is named, another candidate.
+
+    Args:
+        folder: A sweep's run directory, or its `best` folder: a path, or a URI of an object store.
+        candidate: The candidate, or its name.
+
+    Raises:
+        BtRayError: There is no such program, or what it refers to is gone.
+    """
+    if candidate is None:
+        return find_best(folder)
+    storage = open_storage(_location(folder))
+    if storage.read_json(SWEEP) is None:
+        above, name = parent_and_name(storage.location)
+        storage = open_storage(above) if name == BEST else storage
+    found = find_candidate(storage, candidate if isinstance(candidate, str) else candidate.name)
+    step = found.step
+    manifest = {
+        "task": found.config.task,
+        "strategy": step.prefix,
+        "prefix": step.prefix,
+        "variant": found.variant,
+        "step": step.key,
+        "score": step.score,
+        "predictors": step.weights,
+        "api_models": step.api_models,
+        "versions": step.versions,
+    }
+    return Kept(storage, step.program, manifest, found.config, found.weights)
+
+
+def _location(folder: str | Path) -> str:
+    return str(folder) if "://" in str(folder) else str(Path(folder).expanduser().resolve())
 
 
 def load(
     folder: str | Path,
     task: str | TaskFunction | None = None,
     *,
+    candidate: str | Candidate | None = None,
     served_at: str | Sequence[str] | None = None,
     token: str | None = None,
 ) -> dspy.Module:
-    """The best program of a sweep, ready to answer.
+    """The best program of a sweep, or another candidate, ready to answer.
 
     Its model server starts on this machine with the first request, and ends with this process, or with
-    `program.predictors()[0].lm.kill()`.
+    `program.predictors()[0].lm.kill()`. Programs of one run directory share a server for each base model: it goes from the
+    weights of one to those of another as they ask.
 
     Args:
         folder: A sweep's run directory, or its `best` folder: a path, or a URI of an object store.
         task: Where the task is now, `"path/to/task.py:build"`, or its function, if it is no longer where the sweep found it:
             a job's working directory, for one, goes away with the job.
+        candidate: Which one, if not the best: its name, `"p -> w"`, `"baseline"`, under a variant `"p [seed=1]"`, or one of
+            a result's `candidates`.
         served_at: The address of `bt-ray serve`, or several, to be asked in place of a server of this process's own.
         token: The token that it printed.
 
     Raises:
         BtRayError: The folder holds no finished program, or what it refers to is gone.
     """
-    kept = find_best(folder)
-    hosted: Models = LocalModels(dict(kept.weights), kept.config.server, kept.storage)
+    kept = find_program(folder, candidate)
+    hosted: Models = open_local_models(kept.weights, kept.config.server, kept.storage)
     if served_at is not None:
         hosted = RemoteModels([served_at] if isinstance(served_at, str) else served_at, token or "", list(kept.weights))
-    models = ServedModels(_engine(hosted, kept.config), kept.config, find_hub_models(kept.weights.values()))
+    known = find_hub_models([*read_bases(kept.storage).values(), *kept.weights.values()])
+    models = ServedModels(_engine(hosted, kept.config), kept.config, known)
     with serving(models):
         program = _load_program(task or kept.manifest["task"], kept.config.args)
     api_models = kept.manifest.get("api_models", {})

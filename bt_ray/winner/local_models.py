@@ -4,9 +4,10 @@ import atexit
 import secrets
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
 from bt_ray.errors import TaskError
 from bt_ray.models import Conversation, Endpoint
@@ -14,6 +15,21 @@ from bt_ray.run_dir.storage import Storage
 from bt_ray.settings.config import ServerConfig
 from bt_ray.slot.slot import Slot
 from bt_ray.weights import Weights
+
+_opened: "WeakValueDictionary[tuple[str, str], LocalModels]" = WeakValueDictionary()
+_opening = threading.Lock()
+
+
+def open_local_models(weights: Mapping[str, Weights], config: ServerConfig, storage: Storage) -> "LocalModels":
+    """Who serves the weights of a run directory in this process: one for all programs from it, while one of them is used."""
+    with _opening:
+        which = (storage.location, config.model_dump_json())
+        models = _opened.get(which)
+        if models is None:
+            models = _opened[which] = LocalModels({}, config, storage)
+        for one in weights.values():
+            models.add(one)
+        return models
 
 
 class LocalModels:

@@ -61,6 +61,13 @@ def test_an_optimizers_argument_varies_and_the_steps_without_it_are_shared(setti
     assert (result.best.variant, result.best.prefix) == ("args.demos=3", "w -> p")
     best = bt_ray.load(run_dir / "best")
     assert best(question="number 27").answer == "54"
+    named = {
+        name: bt_ray.load(run_dir, candidate=name) for name in ("p [args.demos=1]", "w [args.demos=3]", "p [args.demos=3]")
+    }
+    assert {name: len(program.demos) for name, program in named.items()} == dict(zip(named, [1, 0, 3], strict=True))
+    assert named["p [args.demos=3]"](question="number 24").answer == "48"
+    with pytest.raises(bt_ray.BtRayError, match=r'no candidate "p"\. .*Its candidates: "baseline \[args\.demos=1\]", '):
+        bt_ray.load(run_dir, candidate="p")
     best.lm.kill()
 
     again = bt_ray.sweep(task, {**settings, "strategies": ["p", "w"], "space": {"args.demos": [1, 2, 3]}})

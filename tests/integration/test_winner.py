@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,10 +12,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import dspy
 import openai
 import pytest
-from conftest import scripted_sweep
+from conftest import MARK, scripted_sweep
 from support.processes import MarkedProcesses, wait_for
 from support.scripted_model import read_skill
 from typer.testing import CliRunner
@@ -22,6 +26,7 @@ import bt_ray
 from bt_ray.cli import app
 from bt_ray.winner.export import export
 from bt_ray.winner.load import find_best
+from bt_ray.winner.serve import ServedBest
 
 NUMBERS = (26, 27)
 ANSWERS = ["52", "wrong"]
@@ -146,6 +151,69 @@ def test_the_export_answers_without_bt_ray_as_the_winner_does(run_dir: Path, ser
     said = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert said.returncode == 0, said.stderr
     assert json.loads(said.stdout.splitlines()[-1]) == ANSWERS
+
+
+def test_each_candidate_can_be_opened_by_its_name_and_from_the_result(run_dir: Path) -> None:
+    result = bt_ray.SweepResult.read(run_dir / "result.json")
+    assert [candidate.name for candidate in result.candidates] == ["w -> p", "w", "baseline"]
+    programs = [candidate.load() for candidate in result.candidates]
+    programs += [bt_ray.load(run_dir / "best", candidate=name) for name in ("w", "baseline")]
+    programs.append(bt_ray.load(run_dir, candidate=result.candidates[1]))
+    right = [[bool(program(question=f"number {n}").answer == str(2 * n)) for n in (31, 34, 36)] for program in programs]
+    best, tuned, baseline = [True, True, True], [True, True, False], [True, False, False]
+    assert right == [best, tuned, baseline, tuned, baseline, tuned], "skills 5 with two demos, 5, and 2"
+
+    ensemble = dspy.Ensemble(reduce_fn=dspy.majority).compile(programs[:3])
+    assert ensemble(question="number 34").answer == "68"
+    assert len(MarkedProcesses(os.environ[MARK]).running("scripted_server.py")) == 1, "one server for all of them"
+    programs[0].lm.kill()
+
+
+def test_a_candidate_that_is_not_there_is_told_with_those_that_are(run_dir: Path) -> None:
+    with pytest.raises(bt_ray.BtRayError) as caught:
+        bt_ray.load(run_dir, candidate="w -> q")
+    assert f"{run_dir} has no candidate \"w -> q\". Did you mean 'w -> p'?" in str(caught.value)
+    assert str(caught.value).endswith('Its candidates: "baseline", "w", "w -> p".')
+    for command in (["serve", str(run_dir)], ["export", str(run_dir), "--to", str(run_dir / "out")]):
+        told = CliRunner().invoke(app, [*command, "--candidate", "p"])
+        assert told.exit_code == 2
+        assert "Its candidates:" in told.output
+
+
+def test_a_candidate_is_exported_with_its_own_score(run_dir: Path, tmp_path: Path) -> None:
+    told = CliRunner().invoke(app, ["export", str(run_dir), "--to", str(tmp_path / "out"), "--candidate", "w"])
+    assert told.exit_code == 0, told.output
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["prefix"], manifest["score"], manifest.get("test_score")) == ("w", 50.0, None)
+    assert "| score on the valset | 50.0 % of 20 examples |" in (tmp_path / "out" / "README.md").read_text()
+    assert read_skill(tmp_path / "out" / "model") == 5
+
+
+def test_a_candidate_is_served(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def keep_up(served: ServedBest, tell: Any) -> None:
+        seen.extend(endpoint.weights_id for endpoint in served.endpoints)
+
+    monkeypatch.setattr(ServedBest, "keep_up", keep_up)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    told = CliRunner().invoke(app, ["serve", str(run_dir), "--candidate", "baseline", "--port", port])
+    assert told.exit_code == 0, told.output
+    assert seen == list(bt_ray.SweepResult.read(run_dir / "result.json").candidates[-1].weights.values())
+    assert f'bt_ray.load("{run_dir}", candidate="baseline", served_at=' in told.output
+
+
+def test_a_candidate_whose_weights_were_pruned_is_told_by_name(run_dir: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(run_dir, tmp_path / "moved"))
+    (weights,) = (moved / "weights").iterdir()
+    shutil.rmtree(weights)
+    with pytest.raises(bt_ray.BtRayError, match=r'The weights of candidate "w" were removed, by `bt-ray prune`'):
+        bt_ray.SweepResult.read(moved / "result.json").candidates[1].load()
+    program = bt_ray.load(moved, candidate="baseline")
+    assert program(question="number 21").answer == "42"
+    program.lm.kill()
 
 
 def test_an_export_overwrites_nothing_and_is_whole_or_not_there(run_dir: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ LAYERS: dict[str, set[str]] = {
     "location": {"errors"},
     "layout": set(),
     "strategy": {"errors"},
-    "weights": {"layout"},
+    "weights": {"errors", "layout"},
     "events": set(),
     "models": {"errors", "weights"},
     "step": set(),
