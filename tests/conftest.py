@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +47,9 @@ from bt_ray.trial.lm import ServedLM  # noqa: E402
 
 for of_the_pages in ("org/model", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-32B"):
     write_ref(of_the_pages)
+# No law here is about time, and a machine that does other things besides is slow.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would what they start
 
 

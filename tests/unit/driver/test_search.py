@@ -12,7 +12,7 @@ def walk(budget: str) -> SearchWalk:
     return SearchWalk(StrategySearch(max_length=3, budget=budget), ["p", "w"], {}, gpus=1, seed=0)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.data(), st.integers(1, 8), st.integers(1, 4))
 def test_no_more_steps_are_computed_than_the_budget_has(data: st.DataObject, budget: int, trials: int) -> None:
     """A trial that loads a step may report it before the one that computed it does."""

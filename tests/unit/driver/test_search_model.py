@@ -19,7 +19,7 @@ STEPS = every(OPTIMIZERS, LENGTH)
 SCORES = st.floats(-50, 150)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     scores=st.dictionaries(st.sampled_from(["", *STEPS]), SCORES, max_size=10),
     failed=st.sets(st.sampled_from(STEPS), max_size=2),

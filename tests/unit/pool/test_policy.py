@@ -627,4 +627,4 @@ TestRandomEvents = RandomEvents.TestCase
 TestRandomEventsWithAdapters = RandomEventsWithAdapters.TestCase
 TestRandomEventsWithSlotsOfAModelsOwn = RandomEventsWithSlotsOfAModelsOwn.TestCase
 for case in (TestRandomEvents, TestRandomEventsWithAdapters, TestRandomEventsWithSlotsOfAModelsOwn):
-    case.settings = hypothesis_settings(max_examples=150, stateful_step_count=60, deadline=None)
+    case.settings = hypothesis_settings(max_examples=150, stateful_step_count=60)

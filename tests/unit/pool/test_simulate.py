@@ -144,7 +144,7 @@ STEPS = [BASELINE, *all_prefixes(every("pw", 2))]
 
 
 @given(st.lists(st.integers(1, 9), min_size=len(STEPS), max_size=len(STEPS)), st.integers(1, 3))
-@hypothesis_settings(max_examples=50, deadline=None)
+@hypothesis_settings(max_examples=50)
 def test_the_best_schedule_is_the_best_of_all_orders(times: list[int], slots: int) -> None:
     seconds = dict(zip(STEPS, map(float, times), strict=True))
     orders = [o for o in itertools.permutations(STEPS[1:]) if all(o.index(parent(s)) < o.index(s) for s in o if parent(s))]

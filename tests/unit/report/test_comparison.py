@@ -53,7 +53,7 @@ def test_programs_that_answer_alike_have_nothing_between_them() -> None:
     assert p_value([0.0] * 20) == 1.0
 
 
-@settings(max_examples=25, deadline=None)  # statsmodels takes its time
+@settings(max_examples=25)  # statsmodels takes its time
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
 def test_the_correction_is_holms(p_values: list[float]) -> None:
     assert correct_p_values(p_values) == pytest.approx(multipletests(p_values, method="holm")[1].tolist())

@@ -88,7 +88,7 @@ def test_the_version_of_a_package_that_code_imports_concerns_what_reaches_it(mon
 NAMES = st.from_regex(r"[a-z][a-z0-9]{0,8}", fullmatch=True)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(NAMES, NAMES)
 def test_where_files_lie_changes_nothing(one: str, other: str) -> None:
     found = []

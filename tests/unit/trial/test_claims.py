@@ -107,12 +107,12 @@ class ClaimingOnObjects(Claiming):
 
 
 TestClaims = Claiming.TestCase
-TestClaims.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestClaims.settings = settings(max_examples=60, stateful_step_count=30)
 
 
 @pytest.mark.usefixtures("s3")
 class TestClaimsOnObjects(ClaimingOnObjects.TestCase):  # type: ignore[misc, name-defined]
-    settings = settings(max_examples=8, stateful_step_count=15, deadline=None)
+    settings = settings(max_examples=8, stateful_step_count=15)
 
 
 def test_whoever_waits_takes_over_at_once() -> None:
