@@ -66,17 +66,34 @@ class Models(Protocol):
         """Make weights known that were trained before."""
 
 
+class TrialModels(Models, Protocol):
+    """What a trial needs of its models besides: which are known, how urgent it is, and to let go of them.
+
+    Attributes:
+        weights: All weights that are known, by id.
+        urgency: How many steps have still to come after the one that leases are for, at most.
+    """
+
+    weights: dict[str, Weights]
+    urgency: int
+
+    def give_back(self) -> None:
+        """Let others use what this trial holds. The next request or training takes it again."""
+
+    def close(self) -> None:
+        """Give everything back, for good."""
+
+
 class NoModels:
-    """`Models` where none is served.
+    """`TrialModels` where none is served.
 
     Args:
         reason: What to say to whoever asks for one.
     """
 
-    urgency = 0
-
     def __init__(self, reason: str) -> None:
         self._reason = reason
+        self.urgency = 0
         self.weights: dict[str, Weights] = {}
 
     @contextmanager

@@ -55,7 +55,7 @@ class _Trained:
 
 
 class LeasedModels:
-    """`bt_ray.models.Models` for one trial.
+    """`bt_ray.models.TrialModels` on leases of the pool.
 
     Args:
         holder: The trial's name.

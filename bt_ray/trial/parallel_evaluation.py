@@ -14,7 +14,7 @@ import ray
 
 from bt_ray.errors import InfrastructureError, InfrastructureFailure, TaskError
 from bt_ray.layout import TRIAL_LOG
-from bt_ray.trial.setup import TrialSetup, dspy_settings, log_file, student, work_folder
+from bt_ray.trial.setup import Student, TrialSetup, dspy_settings, log_file, open_student, work_folder
 from bt_ray.weights import Weights
 
 if TYPE_CHECKING:
@@ -81,12 +81,13 @@ class EvaluatingProcess:
         threads = setup.config.num_threads
         self._refused: TaskError | None = None
         try:
-            task, self._models, self._hosted = self._opened.enter_context(student(setup, holder, threads))
+            student = self._opened.enter_context(open_student(setup, holder, threads))
         except TaskError as error:  # an actor whose `__init__` raises would count as lost
             self._refused = error
             return
-        self._program = task.program
-        self._evaluator = LocalEvaluator(task.metric, self._models.engine.latch)
+        self._models, self._hosted, self._latch = student.models, student.hosted, student.latch
+        self._program = student.task.program
+        self._evaluator = LocalEvaluator(student.task.metric, student.latch)
         self._evaluations = 0
 
     def check(self) -> None:
@@ -113,14 +114,14 @@ class EvaluatingProcess:
         from bt_ray.trial.lm import STEP_SETTING
 
         engine, program = self._models.engine, saved.rebuilt(self._program, self._models)
-        engine.latch.release()
+        self._latch.release()
         self._hosted.urgency = urgency
         self._evaluations += 1
         engine.step, before = str(self._evaluations), engine.usage
         try:
             with dspy.context(**dspy_settings(self._setup.config), **{STEP_SETTING: engine.step}):
                 scores = self._evaluator.scores(program, examples, limits)
-            engine.latch.check()
+            self._latch.check()
         except InfrastructureFailure as failure:
             raise InfrastructureError(str(failure)) from failure
         finally:
@@ -133,26 +134,22 @@ class EvaluatingProcess:
 
 
 @contextmanager
-def opened_evaluator(
-    setup: TrialSetup, task: Any, models: Any, hosted: Any, *, name: str, folder: str
-) -> "Iterator[Evaluator]":
+def opened_evaluator(setup: TrialSetup, student: Student, *, name: str, folder: str) -> "Iterator[Evaluator]":
     """The evaluator of a trial, in as many processes as the settings say.
 
     Args:
         setup: What the trial knows.
-        task: Its task, as `bt_ray.trial.setup.student` gives it.
-        models: Its models, likewise.
-        hosted: Who hosts them, likewise.
+        student: Its task and models.
         name: The trial's name, for the pool.
         folder: The trial's folder below the run directory.
     """
     from bt_ray.trial.evaluation import LocalEvaluator
 
-    own = LocalEvaluator(task.metric, models.engine.latch)
+    own = LocalEvaluator(student.task.metric, student.latch)
     if setup.config.trial.processes == 1:
         yield own
         return
-    spread_over_all = SpreadEvaluator(own, task.program, models, setup, name=name, folder=folder, hosted=hosted)
+    spread_over_all = SpreadEvaluator(own, student, setup, name=name, folder=folder)
     try:
         yield spread_over_all
     finally:
@@ -164,27 +161,16 @@ class SpreadEvaluator:
 
     Args:
         own: Evaluates in this process.
-        program: The task's, with LMs assigned; it is copied.
-        models: Makes the LMs of its versions; its engine is told what the answers of the others took.
+        student: The task, whose program is copied, and its models; their engine is told what the answers of the others took.
         setup: What the trial knows.
         name: The trial's name, for the pool.
         folder: The trial's folder below the run directory.
-        hosted: Hosts the models of this process.
     """
 
-    def __init__(
-        self,
-        own: "Evaluator",
-        program: "dspy.Module",
-        models: "ServedModels",
-        setup: TrialSetup,
-        *,
-        name: str,
-        folder: str,
-        hosted: Any,
-    ) -> None:
-        self._own, self._models, self._setup, self._hosted = own, models, setup, hosted
-        self._program = program.deepcopy()
+    def __init__(self, own: "Evaluator", student: Student, setup: TrialSetup, *, name: str, folder: str) -> None:
+        self._own, self._setup = own, setup
+        self._models, self._hosted = student.models, student.hosted
+        self._program = student.task.program.deepcopy()
         self._name, self._folder = name, folder
         self._others: list[Any] = []
         self._checked = False

@@ -21,7 +21,10 @@ from bt_ray.step import StepKey
 from bt_ray.weights import Weights
 
 if TYPE_CHECKING:
-    from bt_ray.task.task import TaskFunction
+    from bt_ray.models import TrialModels
+    from bt_ray.task.task import Task, TaskFunction
+    from bt_ray.trial.failure_latch import FailureLatch
+    from bt_ray.trial.program_lms import ServedModels
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,26 @@ class TrialSetup:
         return StepStore(open_storage(self.run_dir))
 
 
+@dataclass(frozen=True)
+class Student:
+    """A task that can be asked.
+
+    Attributes:
+        task: The task, whose program's predictors have LMs.
+        models: Makes LMs of served models.
+        hosted: Hosts these models.
+        latch: Remembers that an answer was lost; that of the models' engine.
+    """
+
+    task: "Task"
+    models: "ServedModels"
+    hosted: "TrialModels"
+    latch: "FailureLatch"
+
+
 @contextmanager
-def student(setup: TrialSetup, holder: str, threads: int, prefixes: Iterable[str] = ()) -> Iterator[tuple[Any, Any, Any]]:
-    """The task with LMs, who makes them, and who hosts the models; gives all leases back at the end.
+def open_student(setup: TrialSetup, holder: str, threads: int, prefixes: Iterable[str] = ()) -> "Iterator[Student]":
+    """Load the task and give its program LMs; all leases are given back at the end.
 
     Args:
         setup: What the trial knows.
@@ -83,11 +103,13 @@ def student(setup: TrialSetup, holder: str, threads: int, prefixes: Iterable[str
     from bt_ray.trial.task_check import refuse_other_task
 
     config = setup.config
-    none = NoModels("This sweep serves no model.")
-    hosted = LeasedModels(holder, setup.pool, config) if setup.pool is not None else none
+    hosted: TrialModels = NoModels("This sweep serves no model.")
+    if setup.pool is not None:
+        hosted = LeasedModels(holder, setup.pool, config)
+    latch = FailureLatch()
     engine = ServedEngine(
         hosted,
-        FailureLatch(),
+        latch,
         retries=config.trial.request_retries,
         timeout_s=config.server.request_timeout_s,
         max_connections=max(100, threads),
@@ -100,7 +122,7 @@ def student(setup: TrialSetup, holder: str, threads: int, prefixes: Iterable[str
             refuse_other_task(task, setup.task, config, models.student, setup.keys, prefixes, setup.places)
             _ = dspy.cache  # opened by its first reader: else by a request, while a server waits
             with draw_by_seed(config.seed):  # last: a task may configure DSPy's cache
-                yield task, models, hosted
+                yield Student(task, models, hosted, latch)
     finally:
         hosted.close()
 

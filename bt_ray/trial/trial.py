@@ -26,7 +26,7 @@ from bt_ray.strategy import BASELINE, SEPARATOR, prefixes, steps_to_come
 from bt_ray.tracking.mlflow_runs import traced
 from bt_ray.trial.failures import Side, side_of
 from bt_ray.trial.parallel_evaluation import opened_evaluator
-from bt_ray.trial.setup import TrialSetup, dspy_settings, log_file, student, work_folder
+from bt_ray.trial.setup import TrialSetup, dspy_settings, log_file, open_student, work_folder
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +68,10 @@ def _walk(strategy: str, setup: TrialSetup, folder: str, work_folder: Path, repo
 
     config, name, to_come = setup.config, f"trial {strategy}", steps_to_come(setup.keys)
     with (
-        student(setup, name, config.num_threads, prefixes(strategy)) as (task, models, hosted),
-        opened_evaluator(setup, task, models, hosted, name=name, folder=folder) as evaluator,
+        open_student(setup, name, config.num_threads, prefixes(strategy)) as student,
+        opened_evaluator(setup, student, name=name, folder=folder) as evaluator,
     ):
+        task, models, hosted = student.task, student.models, student.hosted
 
         def on_claim(prefix: str) -> None:
             hosted.urgency = to_come[prefix]
@@ -179,14 +180,15 @@ def _evaluate_on_testset(setup: TrialSetup, best: Candidate) -> Tested:
     with (
         work_folder(setup.store.storage, folder) as here,
         log_file(here / TRIAL_LOG),
-        student(setup, name, config.num_threads) as (task, models, hosted),
-        opened_evaluator(setup, task, models, hosted, name=name, folder=folder) as evaluator,
+        open_student(setup, name, config.num_threads) as student,
+        opened_evaluator(setup, student, name=name, folder=folder) as evaluator,
     ):
+        task, models, latch = student.task, student.models, student.latch
         testset = list(task.testset or ())
         refuse_other_testset(setup.task, testset, setup.testset)
         assign_versions(task.program, best.weights, best.api_models, models, setup.store.read_weights)
         load_state(task.program, setup.store.read_program(best.program))
-        limits, latch = Limits(config.num_threads, max_errors=len(testset) + 1), models.engine.latch
+        limits = Limits(config.num_threads, max_errors=len(testset) + 1)
 
         def attempt() -> Tested:
             with dspy.context(**dspy_settings(config)):

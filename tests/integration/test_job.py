@@ -206,7 +206,7 @@ def test_a_submitted_sweep_that_fails_gives_its_reason_and_its_exit_code(
     ("arguments", "reason"),
     [
         ([], "Give the sweep's TOML, or --follow with a job"),
-        (["sweep.toml"], "A job's own folder goes away with it"),
+        (["sweep.toml"], "A job's own folder is deleted with it"),
         (["sweep.toml", "--run-dir", "runs/here"], "run_dir: runs/here is relative"),
         (["sweep.toml", "--run-dir", "/shared/run"], "No jobs can be submitted to http://127.0.0.1:9"),
     ],

@@ -22,7 +22,7 @@ from bt_ray.driver.check import check_sweep
 from bt_ray.run_dir.results import Candidate
 from bt_ray.run_dir.storage import open_storage
 from bt_ray.settings.config import make_config
-from bt_ray.weights import base_weights
+from bt_ray.slot.base_models import base_weights
 from bt_ray.winner.load import keep_best
 
 pytestmark = pytest.mark.usefixtures("local_ray")

@@ -68,7 +68,7 @@ def test_what_another_run_directory_has_is_not_computed(
     assert computed(before) == COUNTED
     written = bt_ray.SweepResult.read(f"{run_dir}/result.json")
     assert {candidate.origin for candidate in written.candidates} == {other}
-    listed = CliRunner().invoke(app, ["steps", run_dir])
+    listed = CliRunner().invoke(app, ["steps", run_dir], env={"COLUMNS": "300"})
     assert listed.output.count(f", from {other}") == 3
     assert report_page(read_report(open_storage(run_dir))).count(f"Taken from {other}, where it was computed.") == 3
 
