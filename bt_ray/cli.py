@@ -181,7 +181,9 @@ def plan(
         where = run_directory(config)
         checked = check_sweep(config, where, accept_changes=True)
         keys, first = checked.keys, checked.first
-        finished = StepStore(open_storage(where)).finished({label: key.key for label, key in keys.items()}, checked.bases)
+        finished = StepStore(open_storage(where)).find_finished(
+            {label: key.key for label, key in keys.items()}, checked.bases
+        )
         missing = [key.key for label, key in keys.items() if label not in finished]
         sources = find_sources(config, missing, checked.bases)
         taken = {key: step for source in sources for key, step in source.steps.items()}

@@ -114,7 +114,7 @@ def start_order(paths: Mapping[T, Sequence[str]], finished: Collection[str], tra
     todo = {trial: [key for key in path if key not in finished] for trial, path in paths.items()}
     taken, order = set[str](), []
 
-    def shared(trial: T) -> int:
+    def count_shared(trial: T) -> int:
         """How many of its steps come before the first that no trial so far has on its path."""
         steps = todo[trial]
         return next((number for number, key in enumerate(steps) if key not in taken), len(steps))
@@ -127,7 +127,7 @@ def start_order(paths: Mapping[T, Sequence[str]], finished: Collection[str], tra
     heapify(queue)
     while queue:
         nothing_left, before, most, place, trial = heappop(queue)
-        if (now := shared(trial)) > before:  # it only grows
+        if (now := count_shared(trial)) > before:  # it only grows
             heappush(queue, (nothing_left, now, most, place, trial))
             continue
         taken.update(todo[trial])

@@ -157,7 +157,7 @@ def _await_placement(pool: Any, initial: Mapping[str, int], config: SweepConfig,
     count = sum(initial.values())
     began = told = looked = time.monotonic()
     while True:
-        placed, placing, not_created = ray.get(pool.placed.remote())
+        placed, placing, not_created = ray.get(pool.count_placed.remote())
         if not_created:
             raise ResourcesError(f"A model server's actor cannot be started: {not_created[-1]}")
         if not placing:  # one that is not wanted yet may have been placed and released meanwhile

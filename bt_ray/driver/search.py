@@ -83,14 +83,14 @@ class SearchWalk:
         with self._lock:
             return not self._under_way and self._suggest() is None
 
-    def finished(self, prefix: str, score: float | None, seconds: float, tokens: int, *, loaded: bool) -> None:
+    def note_finished(self, prefix: str, score: float | None, seconds: float, tokens: int, *, loaded: bool) -> None:
         """A step is there; `loaded` if it was computed before, by whomever."""
         with self._lock:
             if not loaded:
                 self._spent.add(seconds, tokens)
             self._observe(prefix, score)
 
-    def ended(self, strategy: str) -> None:
+    def note_ended(self, strategy: str) -> None:
         """A trial is over. What it lacks cannot be computed."""
         with self._lock:
             self._under_way.discard(strategy)
@@ -99,14 +99,14 @@ class SearchWalk:
                 self._failed.add(lacking)
                 self._search.note_failed(lacking)
 
-    def believed(self) -> Expected | None:
+    def find_believed(self) -> Expected | None:
         """The finished step that is believed to be the best; None before any has a score."""
         if not self._scored:
             return None
         best = self._search.best()
         return Expected(best, *self._search.expect(best))
 
-    def skipped(self) -> tuple[Expected, ...]:
+    def find_skipped(self) -> tuple[Expected, ...]:
         """The steps that could have come next and were not tried, the most promising first."""
         found = []
         for prefix in self._all:

@@ -95,7 +95,7 @@ def run_sweep(
     storage = open_storage(run_dir)
     with held(storage, lambda text: tell(Stage(text))) as drivers:
         prepare_run_directory(storage, config, checked.keys, _variant_steps(checked), checked.bases)
-        for line in _reused(config, storage, checked, drivers * CLAIMS_PER_DRIVER):
+        for line in _take_reused(config, storage, checked, drivers * CLAIMS_PER_DRIVER):
             tell(Stage(line))
         for file, examples in _validation_examples(checked).items():
             keep_examples(storage, file, examples)
@@ -126,21 +126,21 @@ class _Sweep:
         self.tell = tell
         self.store = StepStore(open_storage(run_dir))
         self.started = time.time()
-        self.search = self.opened_search()
+        self.search = self.open_search()
         named = [(strategy, name) for name, variant in checked.variants.items() for strategy in variant.strategies]
         self.trials = [Trial(number, *about) for number, about in enumerate(named)] if self.search is None else []
 
     def run(self, address: str | None, first_fence: int) -> SweepResult:
         """Compute what is not finished, keep the best, and test it."""
         keys = {key.key for key in self.checked.keys.values()}
-        finished = self.finished()
+        finished = self.read_finished()
         done = {step.key for steps in finished.values() for step in steps.values()}
         if done:
             self.tell(Stage(f"{len(done)} of {len(keys)} steps are finished already, the baseline included"))
         complete = done == keys if self.search is None else self.search.is_over
         if complete:
-            result = self.with_known_tests(self.gathered({}))
-            if not self.untested(result):
+            result = self.with_known_tests(self.gather_result({}))
+            if not self.find_untested(result):
                 self.keep(result)
                 return result
         with (
@@ -150,35 +150,35 @@ class _Sweep:
         ):
             setups = self.setups(pool, claims)
             with watched(pool, self.store.storage, self.tell) if pool is not None else nullcontext():
-                errors = {} if complete else self.computed(finished, setups)
-                result = self.with_known_tests(self.gathered(errors))
+                errors = {} if complete else self.compute(finished, setups)
+                result = self.with_known_tests(self.gather_result(errors))
                 self.keep(result)
-                if untested := self.untested(result):
+                if untested := self.find_untested(result):
                     self.test(untested, setups)
                     result = self.with_known_tests(result)
                     self.keep(result)
         return result
 
-    def opened_search(self) -> SearchWalk | None:
+    def open_search(self) -> SearchWalk | None:
         """The search over strategies, if the sweep is one."""
         settings = self.config.strategies
         if not isinstance(settings, StrategySearch):
             return None
         optimizers = settings.optimizers or tuple(self.checked.first.optimizers)
         gpus, seed = self.config.student_server.gpus, self.config.seed
-        return SearchWalk(settings, optimizers, self.finished()[""], gpus=gpus, seed=seed)
+        return SearchWalk(settings, optimizers, self.read_finished()[""], gpus=gpus, seed=seed)
 
-    def computed(
+    def compute(
         self, finished: Mapping[str, Mapping[str, FinishedStep]], setups: "Mapping[str, TrialSetup]"
     ) -> dict[Trial, Exception]:
         """Compute what is missing; the errors of trials that were lost."""
         if self.search is None:
-            return run_trials(self.waiting(finished), setups, self.checked.servers, self.tell)
+            return run_trials(self.order_waiting(finished), setups, self.checked.servers, self.tell)
         lost = run_search(self.search, setups[""], self.checked.servers, self.tell)
         self.trials = [Trial(number, strategy) for number, strategy in enumerate(self.search.strategies)]
         return {trial: lost[trial.strategy] for trial in self.trials if trial.strategy in lost}
 
-    def searched(self, finished: Mapping[str, FinishedStep]) -> list[Trial]:
+    def collect_searched(self, finished: Mapping[str, FinishedStep]) -> list[Trial]:
         """The trials of a search: those of this run, and the paths of steps that were finished before."""
         walked = {prefix for trial in self.trials for prefix in prefixes(trial.strategy)}
         parents = {parent(prefix) for prefix in finished}
@@ -214,12 +214,14 @@ class _Sweep:
             for name, checked in variants
         }
 
-    def finished(self) -> dict[str, dict[str, FinishedStep]]:
+    def read_finished(self) -> dict[str, dict[str, FinishedStep]]:
         """The finished steps of each variant's strategies, by prefix."""
         bases, variants = self.checked.bases, self.checked.variants.items()
-        return {name: self.store.finished({p: k.key for p, k in checked.keys.items()}, bases) for name, checked in variants}
+        return {
+            name: self.store.find_finished({p: k.key for p, k in checked.keys.items()}, bases) for name, checked in variants
+        }
 
-    def waiting(self, finished: Mapping[str, Mapping[str, FinishedStep]]) -> list[Trial]:
+    def order_waiting(self, finished: Mapping[str, Mapping[str, FinishedStep]]) -> list[Trial]:
         """The trials that lack a step, in the order in which to start them; of the others, their steps are told."""
         paths = {trial: [BASELINE, *prefixes(trial.strategy)] for trial in self.trials}
         for trial in self.trials:
@@ -241,10 +243,10 @@ class _Sweep:
             told = (step.prefix, step.score, best, step.seconds, True, trial.variant, step.example_errors)
             self.tell(StepFinished(trial.strategy, *told))
 
-    def gathered(self, errors: Mapping[Trial, Exception]) -> SweepResult:
+    def gather_result(self, errors: Mapping[Trial, Exception]) -> SweepResult:
         """What is on the store, as the result. `errors`: of trials that were lost."""
-        finished, results = self.finished(), []
-        for trial in self.trials if self.search is None else self.searched(finished[""]):
+        finished, results = self.read_finished(), []
+        for trial in self.trials if self.search is None else self.collect_searched(finished[""]):
             found, values = finished[trial.variant], self.checked.variants[trial.variant].values
             steps = list(takewhile(bool, (found.get(prefix) for prefix in [BASELINE, *prefixes(trial.strategy)])))
             valset = self.checked.variants[trial.variant].keys[BASELINE].valset
@@ -256,7 +258,7 @@ class _Sweep:
         result = SweepResult(self.run_dir, tuple(results), time.time() - self.started)
         if self.search is None:
             return result
-        return replace(result, skipped=self.search.skipped(), believed=self.search.believed())
+        return replace(result, skipped=self.search.find_skipped(), believed=self.search.find_believed())
 
     def failure(self, trial: Trial, error: Exception | None) -> StepFailure:
         """Why a trial did not get to its end: what it recorded itself, or how it was lost."""
@@ -278,7 +280,7 @@ class _Sweep:
         files = {self.test_file(candidate): candidate for candidate in chosen if candidate is not None}
         return {file: candidate for file, candidate in files.items() if file}
 
-    def untested(self, result: SweepResult) -> dict[str, Candidate]:
+    def find_untested(self, result: SweepResult) -> dict[str, Candidate]:
         return {file: candidate for file, candidate in self.to_test(result).items() if candidate.test_score is None}
 
     def with_known_tests(self, result: SweepResult) -> SweepResult:
@@ -345,12 +347,12 @@ def run_directory(config: SweepConfig) -> str:
     return str(given.resolve())
 
 
-def _reused(config: SweepConfig, storage: Storage, checked: CheckedSweep, fence: int) -> list[str]:
+def _take_reused(config: SweepConfig, storage: Storage, checked: CheckedSweep, fence: int) -> list[str]:
     """Take the steps that are missing from the directories that the settings name; what was taken from where, in words."""
     if not config.reuse:
         return []
     store, keys = StepStore(storage), {key.key: key.key for key in checked.keys.values()}
-    missing = keys.keys() - store.finished(keys, checked.bases).keys()
+    missing = keys.keys() - store.find_finished(keys, checked.bases).keys()
     return take_steps(find_sources(config, missing, checked.bases), store, config, checked.bases, fence)
 
 

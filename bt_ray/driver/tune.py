@@ -112,10 +112,10 @@ def _searcher(walk: SearchWalk) -> Any:
 
         def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
             loaded = result["loaded"]
-            walk.finished(result["prefix"], result["score"], result["seconds"], result["tokens"], loaded=loaded)
+            walk.note_finished(result["prefix"], result["score"], result["seconds"], result["tokens"], loaded=loaded)
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-            walk.ended(self._strategies[trial_id])
+            walk.note_ended(self._strategies[trial_id])
 
         def save(self, checkpoint_path: str) -> None:
             """Nothing: what is known is on the step store."""

@@ -29,10 +29,10 @@ class PoolMetrics:
         for state in self._states:
             self._servers.set(by_state.get(state, 0), {"state": state, **self._run})
 
-    def waiting(self, leases: int) -> None:
+    def set_waiting(self, leases: int) -> None:
         self._waiting.set(leases, self._run)
 
-    def served(self, how: str, seconds: float) -> None:
+    def observe_serve(self, how: str, seconds: float) -> None:
         """`how`: `"swap"` or `"start"`."""
         self._served.observe(seconds, {"how": how, **self._run})
 

@@ -153,7 +153,7 @@ class ServerPool:
         self._take_back(returned)
         self._decide()
 
-    async def placed(self) -> tuple[int, int, list[str]]:
+    async def count_placed(self) -> tuple[int, int, list[str]]:
         """How many servers can be used, how many wait for room on the cluster, and why some could not be created."""
         self._start()
         placing = sum(server.state is State.PLACING for server in self._placement.servers.values())
@@ -237,7 +237,7 @@ class ServerPool:
         for action in self._placement.decide(time.monotonic()):
             self._carry_out(action)
         self._metrics.servers(Counter(server.state.value for server in self._placement.servers.values()))
-        self._metrics.waiting(len(self._placement.waiting))
+        self._metrics.set_waiting(len(self._placement.waiting))
 
     def _carry_out(self, action: Action) -> None:
         match action:
@@ -323,7 +323,7 @@ class ServerPool:
         else:
             change = served.change
             if change.how in ("start", "swap"):
-                self._metrics.served(change.how, change.seconds)
+                self._metrics.observe_serve(change.how, change.seconds)
             self._note_server(number, f"serving, {change.how}", weights.id, change.seconds, change.reason)
             self._endpoints[number] = served.endpoint
             self._placement.note_served(number, time.monotonic())

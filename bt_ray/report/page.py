@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 from bt_ray.report import figures
 from bt_ray.report.data import Cost, Node, Predictor, Report
 from bt_ray.report.state import headline
-from bt_ray.report.table import errors_in_words, mixed_valsets, percent, trial_label
+from bt_ray.report.table import describe_mixed_valsets, errors_in_words, percent, trial_label
 from bt_ray.run_dir.examples import KeptExample
 from bt_ray.run_dir.results import Candidate
 from bt_ray.strategy import variant_name
@@ -46,7 +46,7 @@ def report_page(report: Report) -> str:
         headline=headline(report.state, time.time()) if report.result is None else "",
         rows=[_row(report, trial) for trial in report.trials],
         ranked=ranked,
-        mixed=mixed_valsets(report.ranked_by) if report.ranked_by > 1 else "",
+        mixed=describe_mixed_valsets(report.ranked_by) if report.ranked_by > 1 else "",
         parents=report.nodes,
         prompts={node.key: _prompts(node, report.nodes.get(node.parent)) for node in ranked},
         scored=scored,

@@ -83,7 +83,7 @@ def summary_lines(result: SweepResult) -> list[str]:
         within = _within(result.best.test_example_scores)
         lines.append(f"On the testset, {count} examples that no step saw, evaluated once: {percent(test)}{within}.")
     if result.valsets > 1:
-        lines.append(mixed_valsets(result.valsets))
+        lines.append(describe_mixed_valsets(result.valsets))
     if (compared := verdict(result)) is not None:
         lines.append(compared.sentence)
     if (believed := result.believed) is not None and believed.prefix != result.best.prefix:
@@ -102,7 +102,7 @@ def summary_lines(result: SweepResult) -> list[str]:
     return lines
 
 
-def mixed_valsets(valsets: int) -> str:
+def describe_mixed_valsets(valsets: int) -> str:
     """That a ranking goes over programs which were validated on different examples."""
     return (
         f"The ranking is over {valsets} different valsets, since settings of the space change the examples: a program may "

@@ -60,7 +60,7 @@ def describe_sources(config: SweepConfig, run_dir: str, keys: Iterable[str], bas
         bases: The ids of weights that are no fine-tunes.
     """
     wanted = {key: key for key in keys} if config.reuse else {}
-    here = StepStore(open_storage(run_dir)).finished(wanted, bases) if wanted else {}
+    here = StepStore(open_storage(run_dir)).find_finished(wanted, bases) if wanted else {}
     return [describe_source(source) for source in find_sources(config, wanted.keys() - here.keys(), bases)]
 
 
@@ -79,7 +79,7 @@ def find_sources(config: SweepConfig, missing: Iterable[str], bases: Collection[
     for location in config.reuse:
         storage = open_storage(location)
         kind = int((storage.read_json(SWEEP) or {}).get("key_kind", 1))
-        found = StepStore(storage).finished({key: key for key in wanted}, bases) if kind == KIND and wanted else {}
+        found = StepStore(storage).find_finished({key: key for key in wanted}, bases) if kind == KIND and wanted else {}
         steps = {key: replace(step, origin=location) for key, step in found.items()}
         tests = [name for name in storage.names(TESTS) if name.partition("-")[0] in steps] if steps else []
         sources.append(Source(storage, steps, kind, tuple(tests)))

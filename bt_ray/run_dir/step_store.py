@@ -140,7 +140,7 @@ class StepStore:
             found = zip(there, readers.map(lambda key: self._newest(key, listed[key]), there), strict=True)
             return {key: step for key, step in found if step is not None}
 
-    def finished(self, keys: Mapping[str, str], bases: Collection[str]) -> dict[str, FinishedStep]:
+    def find_finished(self, keys: Mapping[str, str], bases: Collection[str]) -> dict[str, FinishedStep]:
         """The steps of `keys`, keys by prefix, that are finished and whose weights are there, by prefix.
 
         `bases` are the ids of weights that are no fine-tunes.

@@ -74,7 +74,7 @@ def with_absolute_paths(given: Mapping[str, Any], base: Path, *, refuse_relative
     if isinstance(run_dir := values.get("run_dir"), str):
         values["run_dir"] = _absolute_location(run_dir, base)
     if (reuse := values.get("reuse")) is not None:
-        values["reuse"] = [_absolute_location(one, base) if isinstance(one, str) else one for one in _listed(reuse)]
+        values["reuse"] = [_absolute_location(one, base) if isinstance(one, str) else one for one in _as_list(reuse)]
     server = values.get("server")
     if isinstance(server, Mapping) and isinstance(own := server.get("models"), Mapping):
         values["server"] = {**server, "models": {_absolute_model(model, base): own[model] for model in own}}
@@ -92,7 +92,7 @@ def _absolute_location(location: str, base: Path) -> str:
     return location if "://" in location else str((base / Path(location).expanduser()).resolve())
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
@@ -100,7 +100,7 @@ def _refuse_relative_paths(values: Mapping[str, Any], base: Path) -> None:
     server = values.get("server")
     own = server.get("models", {}) if isinstance(server, Mapping) else {}
     given = [("model", values.get("model"), "--set model=..."), ("run_dir", values.get("run_dir"), "--run-dir ...")]
-    given += [("reuse", one, "--set reuse=['\"/...\"']") for one in _listed(values.get("reuse"))]
+    given += [("reuse", one, "--set reuse=['\"/...\"']") for one in _as_list(values.get("reuse"))]
     for key, value, better in [*given, *(("server.models", of, '[server.models."/..."]') for of in own)]:
         if not isinstance(value, str) or "://" in value or Path(value).expanduser().is_absolute():
             continue

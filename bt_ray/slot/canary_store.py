@@ -58,7 +58,7 @@ class KnownAnswers:
         self._keeps = keeps
         self._seen: dict[str, dict[str, list[list[float]]]] = {}
 
-    def expected(self, weights: Weights, dtype: str | None) -> Expected:
+    def expect(self, weights: Weights, dtype: str | None) -> Expected:
         """How loadable weights should answer, in an engine that computes in `dtype`; None: it chooses by itself."""
         kept = {**(self._storage.read_json(f"{CANARIES}/{weights.id}.json") or {}), **self._seen.get(weights.id, {})}
         trainer = self._trainer(weights)

@@ -42,7 +42,7 @@ def digest_file(file: Path) -> str:
         OSError: It cannot be read.
     """
     before = _identity(file)
-    kept = _kept_at(file) if before["size"] > SMALL else None
+    kept = _digest_file(file) if before["size"] > SMALL else None
     if kept is not None and (known := _read(kept, before)) is not None:
         return known
     with file.open("rb") as opened:
@@ -64,7 +64,7 @@ def _identity(file: Path) -> dict[str, int]:
     }
 
 
-def _kept_at(file: Path) -> Path | None:
+def _digest_file(file: Path) -> Path | None:
     """Where a file's digest is kept on this node; None where nothing can be kept."""
     name = hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:24]
     try:

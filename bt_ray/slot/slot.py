@@ -204,7 +204,7 @@ class Slot:
             self._loaded.push(opened.pop_all())
 
     def _replace_checkpoint(self, server: ServerProcess, weights: Weights) -> None:
-        expected = self._answers.expected(weights, self._dtype)
+        expected = self._answers.expect(weights, self._dtype)
         if not expects_swap(expected):
             raise Unverified("nothing tells yet how these weights answer")
         folder = checkpoint_folder(weights)
@@ -226,7 +226,7 @@ class Slot:
             server.drop_adapter(old)
         for weights in adapters:
             server.load_adapter(weights)
-            expected = self._answers.expected(weights, self._dtype)
+            expected = self._answers.expect(weights, self._dtype)
             # What nothing tells of yet would be loaded by a server that was started for it in the same way.
             check = self._answers.check_swapped if expects_swap(expected) else self._answers.check_fresh
             check(server, expected)
@@ -242,7 +242,7 @@ class Slot:
         self._enter("starting", wanted[0].id)
         try:
             loadable = self._loadable_and_whole(checkpoint)
-            expected = self._answers.expected(loadable, self._dtype)
+            expected = self._answers.expect(loadable, self._dtype)
             folder = checkpoint_folder(loadable)
             self._layout = read_layout(folder) if folder is not None and any(folder.glob("*.safetensors")) else None
             log_file, temporary = self._logs.file(self._log_name(checkpoint)), self._scratch.folder / "tmp"
@@ -266,7 +266,7 @@ class Slot:
                 if weights.on is not None:
                     adapter = self._loadable_and_whole(weights)
                     self._server.load_adapter(adapter)
-                    self._answers.check_fresh(self._server, self._answers.expected(adapter, self._dtype))
+                    self._answers.check_fresh(self._server, self._answers.expect(adapter, self._dtype))
             self._server.open()
         except BaseException:
             self._stop_server()
@@ -317,7 +317,7 @@ class Slot:
 
     def _find_finished(self, key: str) -> Weights | None:
         """The weights of a training that finished before, if they are as it left them. Else they are trained again."""
-        finished = self._trainings.finished(key)
+        finished = self._trainings.find_finished(key)
         if finished is None:
             return None
         try:

@@ -46,7 +46,7 @@ def refuse_non_finite(metric: Metric) -> Metric:
     def finite(*args: Any, **kwargs: Any) -> Any:
         value = metric(*args, **kwargs)
         if not is_finite(value):
-            raise ValueError(f"the metric gave {_shown(value)}, which is no score")
+            raise ValueError(f"the metric gave {_show_value(value)}, which is no score")
         return value
 
     return finite
@@ -62,7 +62,7 @@ def is_finite(value: Any) -> bool:
         return True
 
 
-def _shown(value: Any) -> str:
+def _show_value(value: Any) -> str:
     return str(value.score if isinstance(value, dspy.Prediction) else value)[:80]
 
 

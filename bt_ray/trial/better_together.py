@@ -170,8 +170,8 @@ class SweepBetterTogether(dspy.BetterTogether):  # type: ignore[misc]
         with self._steps.claim(prefix) as claim:
             if claim.finished is not None:
                 return claim.finished
-            outcome = self._latch.retried(attempt, self._retries, name)
-            return self._latch.retried(lambda: claim.commit(outcome), self._retries, f"{name}, whose result is kept,")
+            outcome = self._latch.retry(attempt, self._retries, name)
+            return self._latch.retry(lambda: claim.commit(outcome), self._retries, f"{name}, whose result is kept,")
         raise AssertionError("a claim does not swallow exceptions")
 
     def _compute(self, prefix: str, given: tuple[Any, ...], rest: tuple[Any, ...]) -> StepOutcome:

@@ -51,7 +51,7 @@ class ClaimTable:
         step.fence, self._next_fence = self._next_fence, self._next_fence + 1
         return step.fence
 
-    async def changed(self, key: str) -> None:
+    async def wait_for_change(self, key: str) -> None:
         """Return when the claim on `key` that is at work has ended."""
         await self._steps[key].changed.wait()
 

@@ -44,7 +44,7 @@ class StepClaims:
     async def claim(self, key: str, holder_actor: "list[ActorHandle[Any]]") -> "int | bool | StepFailure":
         """As `try_claim`, but wait while another is at work."""
         while (granted := await self.try_claim(key, holder_actor)) is False:
-            await self._table.changed(key)
+            await self._table.wait_for_change(key)
         return granted
 
     async def may_commit(self, key: str, fence: int) -> bool:

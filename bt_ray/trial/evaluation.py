@@ -117,7 +117,7 @@ def report_lost_answers(call: Callable[..., Any], latch: FailureLatch, errors: l
     """
     attempt = latch.attempt
 
-    def called(*args: Any, **kwargs: Any) -> Any:
+    def call_wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return call(*args, **kwargs)
         except Exception as error:
@@ -126,7 +126,7 @@ def report_lost_answers(call: Callable[..., Any], latch: FailureLatch, errors: l
             errors.append(one_line(error))
             raise
 
-    return called
+    return call_wrapped
 
 
 class LostAnswers(BaseCallback):  # type: ignore[misc]

@@ -42,7 +42,7 @@ class FailureLatch:
             self._failure = None
             self.attempt += 1
 
-    def retried(self, compute: Callable[[], Found], retries: int, what: str) -> Found:
+    def retry(self, compute: Callable[[], Found], retries: int, what: str) -> Found:
         """What `compute` gives, tried again where it fails because infrastructure was lost."""
         for left in range(retries, -1, -1):
             try:

@@ -221,7 +221,7 @@ def _of_attributes(path: str, was: Any, kept: Any, written: frozenset[str], seen
         left_out |= REPORTS - theirs.keys() if not path else set()
         ours, theirs = ({n: v for n, v in values.items() if n not in left_out} for values in (ours, theirs))
     kind: type = type(was)
-    assigned, changed = written_by_runs(kind)
+    assigned, changed = find_written_by_runs(kind)
     written |= assigned
     for name in (*ours, *(name for name in theirs if name not in ours)):
         inner = f"{path}.{name}" if path else name
@@ -242,7 +242,7 @@ def _attributes(value: Any) -> dict[str, Any]:
 
 
 @cache
-def written_by_runs(kind: type) -> tuple[frozenset[str], frozenset[str]]:
+def find_written_by_runs(kind: type) -> tuple[frozenset[str], frozenset[str]]:
     """Attributes that methods of a class assign, and those whose lists, dicts and sets they may change, while it works.
 
     Of a module those methods that a call reaches, of another class all but `__init__`.

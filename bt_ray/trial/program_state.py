@@ -38,7 +38,7 @@ def program_state(program: dspy.Module, task_program: dspy.Module) -> bytes:
         config = _config_to_keep(predictor.config, theirs[name].config)
         if config is not None:
             (state if isinstance(program, dspy.Predict) else state[name])["config"] = config
-        if changed := _changed_settings(predictor.lm, theirs[name].lm):
+        if changed := _find_changed_settings(predictor.lm, theirs[name].lm):
             lm_settings[name] = changed
     state[METADATA] = {"dependency_versions": get_dependency_versions(), LM_SETTINGS: lm_settings}
     try:
@@ -74,7 +74,7 @@ def _config_to_keep(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Mappi
     return ours
 
 
-def _changed_settings(ours: Any, theirs: Any) -> dict[str, Any]:
+def _find_changed_settings(ours: Any, theirs: Any) -> dict[str, Any]:
     """The parameters of an LM that are not those of the task's, and that JSON holds; None for one that is gone."""
     if not isinstance(ours, dspy.BaseLM) or not isinstance(theirs, dspy.BaseLM):
         return {}

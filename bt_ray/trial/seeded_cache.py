@@ -28,15 +28,15 @@ class SeededCache:
         self._seed = seed
 
     def get(self, request: Mapping[str, Any], *arguments: Any, **named: Any) -> Any:
-        return self._cache.get(self._seeded(request), *arguments, **named)
+        return self._cache.get(self._add_seed(request), *arguments, **named)
 
     def put(self, request: Mapping[str, Any], *arguments: Any, **named: Any) -> None:
-        self._cache.put(self._seeded(request), *arguments, **named)
+        self._cache.put(self._add_seed(request), *arguments, **named)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
-    def _seeded(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _add_seed(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**request, SEED: self._seed} if is_sampled(request) else request
 
 

@@ -194,8 +194,8 @@ def _evaluate_on_testset(setup: TrialSetup, best: Candidate) -> Tested:
             latch.check()
             return scores.percent, scores.of_examples
 
-        run_tests: Tested = latch.retried(attempt, config.trial.step_retries, "The test")
-        return run_tests
+        tested: Tested = latch.retry(attempt, config.trial.step_retries, "The test")
+        return tested
 
 
 class _Reporter:

@@ -72,12 +72,12 @@ def test_loss_and_gradients_are_those_of_the_plain_forward(model: Any, name: str
 def test_the_last_layers_alone_are_trained_by_either_method(count: int, first: int) -> None:
     from copy import deepcopy
 
-    from bt_ray.slot.training.layers import freeze_below, last_layers
-    from bt_ray.slot.training.trainer import make_lora_config
     from peft import get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from bt_ray.settings.config import TrainConfig
+    from bt_ray.slot.training.layers import freeze_below, last_layers
+    from bt_ray.slot.training.trainer import make_lora_config
 
     config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
     model = LlamaForCausalLM(config)

@@ -5,7 +5,6 @@ from typing import Any
 
 import httpx
 import pytest
-from bt_ray.slot.training.job import check_trainable
 from support.scripted_model import write_model
 from support.slot_host import DATA, Host, ask
 
@@ -13,6 +12,7 @@ import bt_ray
 from bt_ray.errors import ConfigError
 from bt_ray.settings.config import TrainConfig, make_config
 from bt_ray.slot.slot import Slot
+from bt_ray.slot.training.job import check_trainable
 from bt_ray.weights import Weights
 
 

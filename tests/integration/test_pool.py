@@ -61,7 +61,7 @@ def ask(pool: Pool, weights: Weights, *, request: str = "", exclusive: bool = Fa
 def servers(pool: Pool) -> int:
     import ray
 
-    placed, placing, _ = ray.get(pool.placed.remote())
+    placed, placing, _ = ray.get(pool.count_placed.remote())
     return int(placed + placing)
 
 

@@ -11,10 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from bt_ray.slot.training.job import CHECKPOINT_MANIFEST, TrainJob, checkpoint_step
-
 from bt_ray.layout import CHECKPOINTS
 from bt_ray.slot.canary import make_canary
+from bt_ray.slot.training.job import CHECKPOINT_MANIFEST, TrainJob, checkpoint_step
 from bt_ray.weights import MANIFEST, file_digests
 
 sys.path.insert(0, str(Path(__file__).parent))  # not there by itself, where PYTHONSAFEPATH is set

@@ -36,7 +36,7 @@ class Trainings:
         self.weights = weights
         self._scratch = scratch
 
-    def finished(self, key: str) -> Weights | None:
+    def find_finished(self, key: str) -> Weights | None:
         """The weights of the fine-tune `key`, None if none has finished."""
         found = self.storage.read_json(f"{TRAININGS}/{key}/{TRAINING_FINISHED}")
         manifest = found and self.storage.read_json(f"{WEIGHTS}/{found['weights_id']}/{MANIFEST}")

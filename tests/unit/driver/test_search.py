@@ -28,9 +28,9 @@ def test_no_more_steps_are_computed_than_the_budget_has(data: st.DataObject, bud
         strategy = data.draw(st.sampled_from(sorted(reports)))
         if reports[strategy]:
             prefix, loaded = reports[strategy].pop(0)
-            searched.finished(prefix, 50.0, 1.0, 10, loaded=loaded)
+            searched.note_finished(prefix, 50.0, 1.0, 10, loaded=loaded)
         else:
             del reports[strategy]
-            searched.ended(strategy)
+            searched.note_ended(strategy)
     assert len(computed) == min(budget, 14)
     assert searched.is_over

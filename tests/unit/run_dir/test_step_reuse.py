@@ -80,7 +80,7 @@ def test_steps_are_taken_with_their_scores_and_weights(storage: Storage, other: 
     assert line == f"2 steps are taken from {other.location}, with 1 fine-tune" + (
         " (0.00 GB)" if how == "copy" else ", which stay there"
     )
-    found = ours.finished(PREFIXES, BASES)
+    found = ours.find_finished(PREFIXES, BASES)
     assert found.keys() == {"", "p -> w"}
     for prefix, step in found.items():
         known = theirs.read(KEYS[prefix].key)
@@ -109,13 +109,13 @@ def test_what_the_other_directory_loses_later_is_told_where_it_was_referred_to(t
     prune(other, find_prunable(other, only_best=True))
     node = NodeWeights(storage, tmp_path / "scratch", cache=tmp_path / "cache")
     if how == "copy":
-        assert ours.finished(PREFIXES, BASES).keys() == {"", "p -> w"}
+        assert ours.find_finished(PREFIXES, BASES).keys() == {"", "p -> w"}
         return
     gone = rf"weights/{TUNED} in {other.location} are gone, to which {storage.location} refers"
     for read in (lambda: ours.read_weights(TUNED), lambda: node.loadable(weights).__enter__()):
         with pytest.raises(StorageError, match=gone):
             read()
-    assert ours.finished(PREFIXES, BASES).keys() == {""}, "it would be computed again"
+    assert ours.find_finished(PREFIXES, BASES).keys() == {""}, "it would be computed again"
 
 
 def test_what_was_referred_to_is_referred_to_or_copied_from_where_it_lies(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_step_that_lost_its_weights_here_is_taken_again(tmp_path: Path) -> Non
     ours = run_before(storage, "p -> w")
     storage.delete(f"weights/{TUNED}")
     take(config(other.location), ours, "p -> w")
-    assert ours.finished(PREFIXES, BASES)["p -> w"].origin == other.location
+    assert ours.find_finished(PREFIXES, BASES)["p -> w"].origin == other.location
 
 
 def test_keys_of_another_kind_are_never_taken(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_keys_of_another_kind_are_never_taken(tmp_path: Path) -> None:
     other.write_json("sweep.json", {name: value for name, value in written.items() if name != "key_kind"})
     (line,) = take(config(other.location), StepStore(storage), "", "p")
     assert line == f"No step is taken from {other.location}: its keys are of another kind (1, not {KIND})"
-    assert StepStore(storage).finished(PREFIXES, BASES) == {}
+    assert StepStore(storage).find_finished(PREFIXES, BASES) == {}
 
 
 @pytest.mark.parametrize(

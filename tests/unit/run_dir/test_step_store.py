@@ -28,7 +28,7 @@ def commit(store: StepStore, fence: int, score: float) -> None:
 def test_a_committed_step_is_read_as_it_was(store: StepStore) -> None:
     commit(store, 7, 50.0)
     assert store.read("k") == replace(STEP, program="steps/k/000000000007-abc/program.json")
-    assert store.finished({"p": "k", "w": "other"}, {"base"}).keys() == {"p"}
+    assert store.find_finished({"p": "k", "w": "other"}, {"base"}).keys() == {"p"}
 
 
 def test_an_attempt_counts_only_with_its_manifest(store: StepStore) -> None:
@@ -54,7 +54,7 @@ def test_what_is_finished_costs_an_object_store_one_list_and_two_reads_for_each_
         program = store.write_program(key, attempt, b"{}")
         store.commit(replace(STEP, key=key, program=program), attempt)
     before = len(s3.requests(tmp_path.name))
-    assert len(store.finished({f"p{number}": f"key{number}" for number in range(1000)}, {"base"})) == 20
+    assert len(store.find_finished({f"p{number}": f"key{number}" for number in range(1000)}, {"base"})) == 20
     asked = s3.requests(tmp_path.name)[before:]
     assert len(asked) <= 1 + 4 * 20, asked
 
@@ -62,9 +62,9 @@ def test_what_is_finished_costs_an_object_store_one_list_and_two_reads_for_each_
 def test_a_step_without_its_weights_is_not_finished(store: StepStore) -> None:
     program = store.write_program("k", "1", b"{}")
     store.commit(replace(STEP, program=program, weights={"self": "base-ft-1"}), "1")
-    assert store.finished({"p": "k"}, {"base"}) == {}
+    assert store.find_finished({"p": "k"}, {"base"}) == {}
     store.storage.write_json("weights/base-ft-1/bt_ray_weights.json", {"id": "base-ft-1", "parent": "base"})
-    assert store.finished({"p": "k"}, {"base"}).keys() == {"p"}
+    assert store.find_finished({"p": "k"}, {"base"}).keys() == {"p"}
 
 
 STRATEGIES = st.lists(st.lists(st.sampled_from("pwx"), min_size=1, max_size=4).map(" -> ".join), min_size=1, unique=True)

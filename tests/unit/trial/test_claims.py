@@ -121,7 +121,7 @@ def test_whoever_waits_takes_over_at_once() -> None:
 
         async def claim() -> None:
             while (granted := table.try_claim("k")) is False:
-                await table.changed("k")
+                await table.wait_for_change("k")
             got.append(granted)
 
         first = table.try_claim("k")

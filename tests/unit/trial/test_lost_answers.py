@@ -65,9 +65,9 @@ def test_what_an_attempt_left_behind_does_not_fail_the_next_one() -> None:
             left_behind[0](question="?")
         return "done"
 
-    assert latch.retried(attempt, 1, "The step") == "done"
+    assert latch.retry(attempt, 1, "The step") == "done"
     with pytest.raises(InfrastructureFailure):
-        latch.retried(lambda: left_behind[1](question="?"), 0, "The step")
+        latch.retry(lambda: left_behind[1](question="?"), 0, "The step")
 
 
 def test_an_error_of_the_programs_own_does_not() -> None:
