@@ -38,8 +38,8 @@ A sweep's settings are a TOML file. `task` and `strategies` are required, and `m
 key is an error that names the nearest right one. Relative paths in the file are relative to the file.
 
 On the command line `--set section.key=value` replaces a setting:
-`bt-ray sweep my/sweep.toml --set server.max_model_len=2048`. From Python, `bt_ray.sweep("my/task.py:build", config)` takes a
-`bt_ray.SweepConfig`.
+`bt-ray sweep my/sweep.toml --set server.max_model_len=2048`. In Python,
+`bt_ray.sweep("my/task.py:build", config)` takes them as a `dict`.
 """
 
 AFTER_SERVER = """
@@ -140,19 +140,23 @@ def _name_of(annotation: Any) -> str:
 
 
 def _describe_default(field: FieldInfo) -> str:
+    """As TOML has it; nothing for a setting whose docstring tells its default."""
     if field.is_required():
         return "required"
-    default = field.get_default(call_default_factory=True)
-    if default is None:
-        return ""
-    match default:
-        case bool():
-            return f"`{str(default).lower()}`"
-        case str():
-            return f'`"{default}"`'
-        case float():
-            return f"`{default:g}`"
-    return f"`{default}`"
+    match field.get_default(call_default_factory=True):
+        case None:
+            return ""
+        case bool() as switch:
+            shown = str(switch).lower()
+        case str() as text:
+            shown = f'"{text}"'
+        case float() as number:
+            shown = f"{number:g}"
+        case tuple() as items:
+            shown = str(list(items))
+        case other:
+            shown = str(other)
+    return f"`{shown}`"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What Ray knows of the nodes of its cluster, and where a sweep's own actors go on them."""
+"""The nodes of the Ray cluster: their resources, and where a sweep's own actors are placed."""
 
 from typing import Any
 
@@ -8,29 +8,29 @@ from bt_ray.pool.resources import OF_TYPE, too_large
 from bt_ray.settings.config import ServerConfig
 
 NEWS_S = 15.0
-"""Seconds between two lines about what waits for room."""
+"""Seconds between two progress lines while something waits for room."""
 
 # The pool takes a failed look at draining nodes for a cluster that is out of reach, so a Ray without this must fail here.
 assert callable(ray._private.state.state.get_draining_nodes)
 
 
 def node_resources() -> list[dict[str, float]]:
-    """The resources of each node that is there, used or not."""
+    """The resources of each node that is alive, used or not."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def free_resources() -> dict[str, float]:
-    """The cores and GPUs of all nodes that nobody uses."""
+    """The unused cores and GPUs of the cluster."""
     return {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
 
 
 def find_draining_nodes() -> set[str]:
-    """The ids of nodes that are about to go: a cloud takes them back, the autoscaler or an administrator ends them."""
+    """The ids of nodes that are being drained by a cloud, the autoscaler or an administrator."""
     return set(ray._private.state.state.get_draining_nodes())  # as Ray Train does; there is no public call
 
 
 def beside_the_driver() -> Any:
-    """Where a sweep's own actors go: to the node whose loss ends the sweep anyway, not to one that comes and goes."""
+    """Places a sweep's own actors on the driver's node, whose loss ends the sweep anyway."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # Not soft: Ray places an actor that asks for no resources anywhere then.

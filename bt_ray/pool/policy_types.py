@@ -1,4 +1,4 @@
-"""What `bt_ray.pool.policy` decides about: model servers, the leases that are asked for, and what servers are told to do."""
+"""The values of `bt_ray.pool.policy`: model servers, requested leases, and the actions that it decides on."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -9,16 +9,16 @@ from bt_ray.weights import Weights
 
 @dataclass(frozen=True)
 class Policy:
-    """How servers are shared out.
+    """How servers are shared.
 
     Attributes:
-        limit: Servers at most, beside those that are leaving.
-        minimum: Servers that are never released.
-        turn_s: Seconds that a server stays with its shared leases while others wait.
-        patience_s: Seconds that a lease waits for growth before a worse server than a new one is taken for it.
+        limit: Maximum number of servers, not counting those that are leaving.
+        minimum: Number of servers that are never released.
+        turn_s: Seconds that shared leases keep a server while others wait.
+        patience_s: Seconds that a lease waits for a new server before it gets one that fits less well.
         idle_timeout_s: Seconds after which an idle server above the minimum is released.
         stays_up: Whether a server keeps its model during a training.
-        adapters: LoRA adapters that a server serves at once, beside their base; 0 where it serves one version.
+        adapters: Maximum number of LoRA adapters that a server serves beside their base; 0 if it serves one version.
     """
 
     limit: int
@@ -32,16 +32,16 @@ class Policy:
 
 @dataclass(frozen=True)
 class Ask:
-    """A lease that is wanted.
+    """A request for a lease.
 
     Attributes:
-        lease: Its number; a later ask has a higher one.
-        holder: Who wants it.
-        weights: What requests will ask for, or what a training starts from.
+        lease: Its number, higher for each later request.
+        holder: The trial that requests it.
+        weights: The weights that will be served, or that a training starts from.
         exclusive: Whether it is for a training.
-        since: When it was asked for, in seconds.
-        urgency: How many steps, one after the other, begin with the one that it is for.
-        goes_on: Whether its holder gives another lease back for it.
+        since: Time of the request, in seconds.
+        urgency: Length of the longest chain of steps that begins with the step it is for.
+        goes_on: Whether the holder returns another lease for it.
     """
 
     lease: int
@@ -54,12 +54,12 @@ class Ask:
 
     @property
     def turn(self) -> tuple[int, bool, bool, int]:
-        """Sorts asks: the longest way to go first, then who goes on, then trainings, then as they were asked for."""
+        """Sort key: the most urgent first, then holders that return another lease, then trainings, then the oldest."""
         return (-self.urgency, not self.goes_on, not self.exclusive, self.lease)
 
 
 class State(Enum):
-    """What a server does, as far as leases go."""
+    """What a server does, from the point of view of leases."""
 
     PLACING = "placing"
     READY = "ready"
@@ -73,20 +73,20 @@ class Server:
 
     Attributes:
         number: Never used for two servers.
-        slots: The model whose own slot it is in; empty for the slots of all other models.
+        slots: The model that its slot is reserved for; empty for slots that serve all other models.
         state: What it does.
-        serving: What it serves, or is going to serve, by id; empty when that is not known, or when it has no model.
-        base: The base of the model in it, None when there is none.
+        serving: The weights that it serves or is about to serve, by id; empty if unknown, or without a model.
+        base: The base of its model; None without a model.
         leases: The shared leases on it.
-        granted: Those of them that were told so.
+        granted: The shared leases whose holders have been told.
         training: The exclusive lease on it.
-        incarnation: Counts how often it came to serve something, so that news of an earlier time can be told.
-        since: When it came to these weights, or in state PLACING when it was asked for, in seconds.
-        idle_since: When its last lease ended.
-        leaving: Whether its node is going away: it gets no further lease, and ends with its last.
-        node: Where it is, once it is placed.
-        fetching: The weights that are being copied to its node, ahead of their use.
-        fetches: Whether that is done; not any more once it failed.
+        incarnation: Counts its changes of weights, so that outdated messages are recognized.
+        since: Time in seconds when it got these weights; in state PLACING, when it was requested.
+        idle_since: Time when its last lease ended.
+        leaving: Whether its node is going away. It gets no further lease, and ends with its last one.
+        node: Its node, once it is placed.
+        fetching: The weights that are being copied to its node ahead of their use.
+        fetches: Whether weights are copied ahead; false after a copy has failed.
     """
 
     number: int

@@ -71,7 +71,7 @@ class ServerPool:
         settings: What servers are created with.
         policies: How they are shared out, by whose slots they are in, as `bt_ray.pool.policy.Placement` has them.
         initial: How many are created at once, without anybody having asked, by the same.
-        first: What they are started with, without anybody having asked.
+        first: Base weights to load into idle servers before any trial asks, by slot group.
     """
 
     def __init__(

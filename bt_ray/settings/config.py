@@ -343,12 +343,11 @@ class SweepConfig(Section):
     run_dir: str | None = None
     """The run directory: a path, or `s3://...` or `gs://...`. Default: a new folder `runs/TASK-DATE-TIME`."""
     reuse: tuple[str, ...] = ()
-    """Other run directories, paths or URIs: their finished steps are taken where they are this sweep's. They are only
-    read."""
+    """Other run directories (paths or URIs) whose finished steps this sweep takes if it has the same. Only read."""
     reuse_weights: Literal["copy", "reference"] = "copy"
-    """What becomes of the weights of these steps: a `copy` in the run directory, or a `reference` to where they are."""
+    """How to take the weights of such steps. `copy`: into the run directory. `reference`: they stay where they are."""
     seed: int = 0
-    """Seed for the order of the data, the optimizers (`ctx.seed`), training, and draws from `[space]`."""
+    """Seed for the order of the data, optimizers (`ctx.seed`), sampled answers, training, and draws from `[space]`."""
     num_threads: int = Field(16, ge=1)
     """Threads of an evaluation, and so its requests in flight. Optimizers use it as their default."""
     max_errors: int | None = Field(None, ge=1)

@@ -1,4 +1,4 @@
-"""What can be told of a checkpoint from its files' headers, without reading the tensors.
+"""The layout of a checkpoint, from its files' headers, without reading the tensors.
 
 vLLM's engine is dead after a failed reload, and a checkpoint that lacks a layer reloads without an error: so the headers are
 compared first. The format: https://huggingface.co/docs/safetensors, "Format".

@@ -22,7 +22,7 @@ POLL_S = 0.1
 CONTROL_S = 600.0
 """Seconds that a control route may take: loading a large checkpoint."""
 END_TOLD_S = 2.0
-"""Seconds that may pass between the end of a process, which closes its connections, and the news of it."""
+"""Seconds to wait for the news that a process has ended, after its connections have closed."""
 LONGEST_SOCKET_FOLDER = 60
 """Characters of a folder in which vLLM may make sockets, whose whole path must have fewer than 108."""
 GPU_MEMORY_UTILIZATION = 0.92
@@ -34,10 +34,10 @@ class ServerProcess:
     """A vLLM process, until it is stopped or dies. It answers no prompt until it is opened.
 
     Args:
-        weights: What it starts with.
+        weights: The weights that it starts with.
         config: `[server]`.
-        dtype: What the model is computed in; None: vLLM chooses.
-        token: What every request must bear.
+        dtype: The data type of the computation; None: vLLM chooses.
+        token: The bearer token that every request needs.
         host: The address to listen on.
         log_file: Where vLLM's output is appended.
         temporary: A folder for its temporary files.
@@ -45,7 +45,7 @@ class ServerProcess:
 
     Attributes:
         weights: The checkpoint that is loaded.
-        adapters: What is loaded on it, by id; the one that was asked for last comes last.
+        adapters: The adapters that are loaded on it, by id, the most recently requested last.
         is_open: Whether prompts are answered.
     """
 

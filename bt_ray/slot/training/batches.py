@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 POOL = 16
 """Batches whose conversations are sorted by length together."""
 WORTH = 0.1
-"""The share of padding in a random order from which on it is worth to sort."""
+"""Sort by length if a random order has at least this share of padding."""
 
 
 class BatchesByLength:
