@@ -36,10 +36,10 @@ class At:
     def request(self, weights_id: str) -> Iterator[Endpoint]:
         yield self.endpoint
 
-    def lost(self, endpoint: Endpoint) -> None:
+    def report_loss(self, endpoint: Endpoint) -> None:
         self.times_lost += 1
 
-    def refused(self, endpoint: Endpoint) -> None:
+    def report_refusal(self, endpoint: Endpoint) -> None:
         """It asks again, and is refused again."""
 
 
