@@ -5,6 +5,7 @@ What a program writes itself while it runs, as a cache or a counter, is no optim
 
 import dis
 import inspect
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, time, timedelta
@@ -96,6 +97,19 @@ def differ(ours: Mapping[str, Any], theirs: Mapping[str, Any], name: str) -> boo
     return (name in ours) != (name in theirs) or digest(ours.get(name)) != digest(theirs.get(name))
 
 
+def is_json(value: Any) -> bool:
+    """Whether JSON gives back just this value."""
+    if isinstance(value, float):
+        return type(value) is float and math.isfinite(value)
+    if type(value) is int:
+        return -(2**63) <= value < 2**64
+    if type(value) is list:
+        return all(map(is_json, value))
+    if type(value) is dict:
+        return all(type(name) is str and is_json(item) for name, item in value.items())
+    return value is None or type(value) in (bool, str)
+
+
 def _losses(program: dspy.Module, rebuilt: dspy.Module) -> Iterator[str]:
     """What the program has and the rebuilt one has not, or has otherwise."""
     kept = dict(rebuilt.named_predictors())
@@ -133,6 +147,8 @@ def _of_demos(name: str, was: dspy.Predict, kept: dspy.Predict) -> Iterator[str]
         yield f"the demos of predictor {name}"
         return
     for number, (ours, theirs) in enumerate(zip(was.demos, kept.demos, strict=True)):
+        if all(is_json(ours[field]) and ours[field] == theirs.get(field) for field in was.signature.fields if field in ours):
+            continue
         if _as_prompted(was.signature, ours) != _as_prompted(was.signature, theirs):
             fields = [field for field in was.signature.fields if field in ours]
             shown = ", ".join(

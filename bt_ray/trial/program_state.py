@@ -5,7 +5,6 @@ DSPy leaves out `Predict.config`, and with the LMs how they sample; both are kep
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from dspy.adapters.utils import serialize_for_json
 from dspy.utils.saving import get_dependency_versions
 
 from bt_ray.task.fingerprint import digest, is_of_a_client
-from bt_ray.trial.program_losses import LostInKeeping, differ, refuse_other_parameters, settings_of
+from bt_ray.trial.program_losses import LostInKeeping, differ, is_json, refuse_other_parameters, settings_of
 
 METADATA, LM_SETTINGS = "metadata", "lm_settings"
 
@@ -30,7 +29,7 @@ def program_state(program: dspy.Module, task_program: dspy.Module) -> bytes:
     copied = program.deepcopy()
     for predictor in copied.predictors():
         predictor.lm, predictor.traces, predictor.train = None, [], []
-        predictor.demos = [{name: serialize_for_json(value) for name, value in _items(demo)} for demo in predictor.demos]
+        predictor.demos = [{name: _as_json(value) for name, value in _items(demo)} for demo in predictor.demos]
     state = copied.dump_state()
     theirs = dict(task_program.named_predictors())
     lm_settings = {}
@@ -67,9 +66,13 @@ def _items(demo: Any) -> Any:
     return demo.items(include_dspy=True) if isinstance(demo, dspy.Example) else demo.items()
 
 
+def _as_json(value: Any) -> Any:
+    return value if is_json(value) else serialize_for_json(value)
+
+
 def _config_to_keep(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """A predictor's configuration, where it is not the task's and JSON holds it."""
-    if digest(ours) == digest(theirs) or not _is_json(ours) or any(map(is_of_a_client, ours)):
+    if digest(ours) == digest(theirs) or not is_json(ours) or any(map(is_of_a_client, ours)):
         return None
     return ours
 
@@ -80,20 +83,7 @@ def _find_changed_settings(ours: Any, theirs: Any) -> dict[str, Any]:
         return {}
     now, before = settings_of(ours), settings_of(theirs)
     changed = {name: now.get(name) for name in now.keys() | before.keys() if differ(now, before, name)}
-    return {name: value for name, value in sorted(changed.items()) if _is_json(value)}
-
-
-def _is_json(value: Any) -> bool:
-    """Whether JSON gives back just this value."""
-    if isinstance(value, float):
-        return type(value) is float and math.isfinite(value)
-    if type(value) is int:
-        return -(2**63) <= value < 2**64
-    if type(value) is list:
-        return all(map(_is_json, value))
-    if type(value) is dict:
-        return all(type(name) is str and _is_json(item) for name, item in value.items())
-    return value is None or type(value) in (bool, str)
+    return {name: value for name, value in sorted(changed.items()) if is_json(value)}
 
 
 def _demos_json_cannot_hold(program: dspy.Module) -> Iterator[str]:
