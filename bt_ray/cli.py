@@ -71,6 +71,8 @@ AcceptOption = Annotated[
     typer.Option("--accept-changes", help="Compute finished steps again if something that they depend on has changed."),
 ]
 
+TREE_WIDTH = 1000
+"""Columns that a tree may take: Rich cuts its lines at the width of the terminal, which wraps them by itself."""
 EXIT_WRONG_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
 
 
@@ -167,13 +169,13 @@ def plan(
 
     Example: bt-ray plan my/sweep.toml --strategy "p -> w -> p" --run-dir runs/today
     """
-    console = Console()
+    console = Console(width=TREE_WIDTH)
     with _explain_errors():
         config = _load(file, strategy, run_dir, assignments)
         from bt_ray.driver.check import check_sweep
         from bt_ray.driver.sweep import run_directory
         from bt_ray.report.plan import make_plan
-        from bt_ray.report.steps import plan_lines, step_tree
+        from bt_ray.report.steps import origin_lines, plan_lines, step_tree
         from bt_ray.run_dir.reuse import describe_source, find_sources
         from bt_ray.run_dir.step_store import StepStore
         from bt_ray.run_dir.storage import open_storage
@@ -195,8 +197,8 @@ def plan(
             typer.echo(json.dumps(planned.to_json(), indent=2))
             return
         console.print(step_tree(planned.steps, finished), soft_wrap=True)
-        for source in sources:
-            console.print(f"{describe_source(source)}.", markup=False, highlight=False, soft_wrap=True)
+        for line in [*origin_lines(finished), *(f"{describe_source(source)}." for source in sources)]:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         for line in plan_lines(planned, evaluated, config.student_server.gpus):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -208,11 +210,14 @@ def steps(run_dir: RunDirArgument) -> None:
     Example: bt-ray steps runs/today
     """
     with _explain_errors():
-        from bt_ray.report.steps import step_tree
+        from bt_ray.report.steps import origin_lines, step_tree
         from bt_ray.run_dir.run_directory import read_steps
 
         keys, finished = read_steps(_open_existing(run_dir))
-        Console().print(step_tree(keys, finished), soft_wrap=True)
+        console = Console(width=TREE_WIDTH)
+        console.print(step_tree(keys, finished), soft_wrap=True)
+        for line in origin_lines(finished):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -94,7 +94,7 @@ def run_sweep(
         tell(Stage(line))
     storage = open_storage(run_dir)
     with held(storage, lambda text: tell(Stage(text))) as drivers:
-        prepare_run_directory(storage, config, checked.keys, _variant_steps(checked), checked.bases)
+        prepare_run_directory(storage, config, checked.keys, variant_steps(checked), checked.bases)
         for line in _take_reused(config, storage, checked, drivers * CLAIMS_PER_DRIVER):
             tell(Stage(line))
         for file, examples in _validation_examples(checked).items():
@@ -356,7 +356,8 @@ def _take_reused(config: SweepConfig, storage: Storage, checked: CheckedSweep, f
     return take_steps(find_sources(config, missing, checked.bases), store, config, checked.bases, fence)
 
 
-def _variant_steps(checked: CheckedSweep) -> dict[str, VariantSteps]:
+def variant_steps(checked: CheckedSweep) -> dict[str, VariantSteps]:
+    """The steps of each variant, as the run directory names them."""
     variants = checked.variants.items()
     return {name: VariantSteps(v.values, {prefix: key.key for prefix, key in v.keys.items()}) for name, v in variants}
 

@@ -21,10 +21,21 @@ def step_tree(keys: Mapping[str, StepKey], finished: Mapping[str, FinishedStep])
     """
     root = Tree("steps")
     nodes: dict[str, Tree] = {"": root}
+    origins = _origins(finished)
     for label, key in keys.items():
         if key.key not in nodes:
-            nodes[key.key] = nodes.get(key.parent, root).add(escape(_label(label, key, finished.get(label))))
+            nodes[key.key] = nodes.get(key.parent, root).add(escape(_label(label, key, finished.get(label), origins)))
     return root.children[0] if len(root.children) == 1 else root
+
+
+def origin_lines(finished: Mapping[str, FinishedStep]) -> list[str]:
+    """The run directories that steps were taken from, numbered as in the tree."""
+    return [f"({number}) {location}" for location, number in _origins(finished).items()]
+
+
+def _origins(finished: Mapping[str, FinishedStep]) -> dict[str, int]:
+    found = dict.fromkeys(step.origin for step in finished.values() if step.origin)
+    return {location: number for number, location in enumerate(found, start=1)}
 
 
 def plan_lines(plan: Plan, evaluated: int, gpus: float) -> list[str]:
@@ -55,7 +66,7 @@ def plan_lines(plan: Plan, evaluated: int, gpus: float) -> list[str]:
     return lines
 
 
-def _label(label: str, key: StepKey, step: FinishedStep | None) -> str:
+def _label(label: str, key: StepKey, step: FinishedStep | None, origins: Mapping[str, int]) -> str:
     _, bracket, variant = label.partition(" [")
     name = f"{key.prefix.rpartition(SEPARATOR)[2] or 'baseline'}{bracket}{variant}"
     if step is None:
@@ -63,6 +74,6 @@ def _label(label: str, key: StepKey, step: FinishedStep | None) -> str:
     fine_tunes = sorted({weights_id.partition("-ft-")[2] for weights_id in step.weights.values()} - {""})
     weights = f", weights {', '.join(f'ft-{name}' for name in fine_tunes)}" if fine_tunes else ""
     tokens = step.prompt_tokens + step.completion_tokens
-    origin = f", from {step.origin}" if step.origin else ""
+    origin = f", from ({origins[step.origin]})" if step.origin else ""
     took = f"{step.seconds:.0f} s, {step.requests} requests, {tokens} tokens"
     return f"{name}: {percent(step.score)} in {took}{weights}{origin}"

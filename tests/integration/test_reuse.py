@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from conftest import SUPPORT, scripted_sweep
 from support.object_store import ObjectStore
+from support.sole_sweep import sole_sweep
 from support.sweep_files import toml
 from typer.testing import CliRunner
 
@@ -19,18 +20,17 @@ from bt_ray.report.data import read_report
 from bt_ray.report.page import report_page
 from bt_ray.run_dir.storage import open_storage
 
-pytestmark = pytest.mark.usefixtures("local_ray")
 COUNTED = ["baseline", "p", "p -> w"]
 
 
 @pytest.fixture(scope="module")
-def before(local_ray: None, s3: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def before(s3: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The settings of a sweep that is finished in its run directory, of which the bucket has a copy."""
     folder = tmp_path_factory.mktemp("reuse")
     settings = scripted_sweep(folder)
     settings["server"]["env"] = {}
     settings["task"] = f"{shutil.copy(SUPPORT / 'tasks.py', folder / 'tasks.py')}:counted"
-    bt_ray.sweep(settings["task"], {**settings, "strategies": ["p -> w"]})
+    sole_sweep(settings, "p -> w")
     assert computed(settings) == COUNTED
     open_storage("s3://bucket/reuse").upload(Path(settings["run_dir"]), "before", last="sweep.json")
     return settings
@@ -68,8 +68,9 @@ def test_what_another_run_directory_has_is_not_computed(
     assert computed(before) == COUNTED
     written = bt_ray.SweepResult.read(f"{run_dir}/result.json")
     assert {candidate.origin for candidate in written.candidates} == {other}
-    listed = CliRunner().invoke(app, ["steps", run_dir], env={"COLUMNS": "300"})
-    assert listed.output.count(f", from {other}") == 3
+    listed = CliRunner().invoke(app, ["steps", run_dir])
+    assert listed.output.count(", from (1)") == 3
+    assert listed.output.endswith(f"(1) {other}\n")
     assert report_page(read_report(open_storage(run_dir))).count(f"Taken from {other}, where it was computed.") == 3
 
     program = written.candidates[0].load()
@@ -77,6 +78,7 @@ def test_what_another_run_directory_has_is_not_computed(
     program.lm.kill()
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_what_no_other_has_is_computed_on_what_they_have(before: dict[str, Any], tmp_path: Path) -> None:
     config = {**before, "strategies": ["p -> w -> p"], "run_dir": str(tmp_path / "run"), "reuse_weights": "reference"}
     config |= {"reuse": [before["run_dir"], "s3://bucket/reuse/before"], "task": before["task"]}

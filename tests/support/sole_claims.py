@@ -1,5 +1,6 @@
 """One walk of a strategy alone: its steps are kept on a real store, and nobody else wants them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,15 @@ class OwnSteps(KeptSteps):
     """Keeps the steps of one strategy in `folder`, and lists what each gave."""
 
     def __init__(
-        self, folder: Path, strategy: str, program: dspy.Module, engine: ServedEngine, claims: SoleClaims | None = None
+        self,
+        folder: Path,
+        strategy: str,
+        program: dspy.Module,
+        engine: ServedEngine,
+        claims: SoleClaims | None = None,
+        keys: Mapping[str, StepKey] | None = None,
     ) -> None:
-        keys = {
+        keys = keys or {
             prefix: StepKey(prefix, digest(prefix), digest(parent(prefix)), {}, trains=False)
             for prefix in ["", *prefixes(strategy)]
         }
