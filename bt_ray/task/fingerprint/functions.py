@@ -167,7 +167,8 @@ def mentions(read: Code, variables: Mapping[str, Any], file: str) -> tuple[list[
         if (module := _module_at(chain, variables)) is not None:
             values[".".join(chain)] = Ref(module)
     children.append(pairs(values))
-    children.append(read_text_annotation(" ".join(text for text in read.texts if "->" in text), variables))
+    if variables.get("__name__") != "__main__":  # with a function that is sent, what only its texts mention does not travel
+        children.append(read_text_annotation(" ".join(text for text in read.texts if "->" in text), variables))
     if folder and any(_is_opaque(ref.value) for ref in values.values()):
         children.append(Ref(SourceFile(file)))
     if read.names & READS_ENVIRONMENT:
