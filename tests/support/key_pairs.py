@@ -711,6 +711,8 @@ OPTIMIZERS = [
         ]
     ),
     of_p("the candidates of the random search", P_DEFAULT.replace("=2", "=@@"), "2", "3"),
+    of_p("the threads of the random search", P_DEFAULT.replace("programs=2", "programs=2, num_threads=@@"), "1", "2", NONE),
+    of_p("the threads of GEPA", GEPA.format("num_threads=@@"), "1", "2", NONE),
     of_p("the k of LabeledFewShot", "dspy.LabeledFewShot(k=@@)", "2", "3"),
     *(
         of_p(f"{name} of COPRO", f"dspy.COPRO(metric=metric, {name}=@@)", a, b)

@@ -30,6 +30,8 @@ OWN_KEY = "__bt_ray_key__"
 """Of an object that says what it is to a key: a value, or a method that returns one."""
 OF_A_RUN = {"history", "_compiled", "traces", "train", "stage"}
 """Attributes of DSPy modules that say what happened to them, not what they do."""
+OF_ITS_SPEED = {"num_threads"}
+"""Attributes of DSPy's own objects that change no result."""
 OF_AN_LMS_RUN = {"history", "_engine_lock", "_engine_store", "_warned_zero_temp_rollout"}
 BUILT_IN: tuple[Any, ...] = (str, bytes, int, float, list, tuple, set, frozenset, dict)
 SIMPLE = (str, bool, int, float, type(None), dict)
@@ -155,6 +157,8 @@ def _object(value: Any, mode: Mode) -> Node:
     values = _attributes(value)
     if isinstance(value, dspy.Module):
         values = {name: item for name, item in values.items() if name not in OF_A_RUN}
+    if kinds.of_a_library(kind):
+        values = {name: item for name, item in values.items() if name not in OF_ITS_SPEED}
     children: list[Any] = [Ref(kind), _read_attributes(values, installed=installed)]
     for base in BUILT_IN:
         if isinstance(value, base):
