@@ -26,6 +26,8 @@ def program_state(program: dspy.Module, task_program: dspy.Module) -> bytes:
         LostInKeeping: It has not the predictors of the task's program, or JSON cannot hold one's demos.
     """
     refuse_other_parameters(program, task_program)
+    if other := list(_demos_that_are_none(program)):
+        raise LostInKeeping(other)
     copied = program.deepcopy()
     for predictor in copied.predictors():
         predictor.lm, predictor.traces, predictor.train = None, [], []
@@ -60,6 +62,16 @@ def load_state(program: dspy.Module, state: bytes) -> None:
             if key not in made:
                 made[key] = lm.copy(**settings)
             predictor.lm = made[key]
+
+
+def _demos_that_are_none(program: dspy.Module) -> Iterator[str]:
+    for name, predictor in program.named_predictors():
+        if not isinstance(predictor.demos, list | tuple):
+            yield f"the demos of predictor {name} ({type(predictor.demos).__name__})"
+            continue
+        for number, demo in enumerate(predictor.demos):
+            if not isinstance(demo, dspy.Example | Mapping):
+                yield f"demo {number + 1} of predictor {name} ({type(demo).__name__})"
 
 
 def _items(demo: Any) -> Any:

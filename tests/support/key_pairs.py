@@ -711,6 +711,8 @@ OPTIMIZERS = [
         ]
     ),
     of_p("the candidates of the random search", P_DEFAULT.replace("=2", "=@@"), "2", "3"),
+    of_p("the threads of the random search", P_DEFAULT.replace("programs=2", "programs=2, num_threads=@@"), "1", "2", NONE),
+    of_p("the threads of GEPA", GEPA.format("num_threads=@@"), "1", "2", NONE),
     of_p("the k of LabeledFewShot", "dspy.LabeledFewShot(k=@@)", "2", "3"),
     *(
         of_p(f"{name} of COPRO", f"dspy.COPRO(metric=metric, {name}=@@)", a, b)
@@ -1312,4 +1314,137 @@ O.n = @@
     ),
 ]
 
-PAIRS = [*MODULES, *FIELDS, *LMS, *SETTINGS, *OPTIMIZERS, *DATA, *METRICS]
+HERE = "\nimport os\nfrom pathlib import Path\nHERE = Path(__file__).parent\n"
+IN_A_FOLDER = {"data/words.txt": "@@\n"}
+ONE = {"a.py": "def f():\n    return @@\n"}
+FILES = [
+    *(
+        of_metric(f"a file that is read: {name}", f"return {body}", "a", "b", before=HERE + before, files=IN_A_FOLDER)
+        for name, body, before in [
+            ("below a folder", "(HERE / 'data' / 'words.txt').read_text()", ""),
+            ("below a folder that is joined", "open(os.path.join(HERE, 'data', 'words.txt')).read()", ""),
+            ("its name is made", "(HERE / 'data' / f'{example.answer}.txt').read_text()", ""),
+            ("its name is in a dict", "(HERE / 'data' / NAMES['a']).read_text()", "NAMES = {'a': 'words.txt'}\n"),
+            ("all of a folder", "[p.read_text() for p in DATA.glob('*')]", "DATA = HERE / 'data'\n"),
+            ("all that end so", "[p.read_text() for p in HERE.rglob('*.txt')]", ""),
+            ("the path is of a class", "open(C.path).read()", "class C:\n    path = str(HERE / 'data' / 'words.txt')\n"),
+            ("it is open", "F.read()", "F = open(HERE / 'data' / 'words.txt')\n"),
+            ("the path is a default", "f()", "def f(path=HERE / 'data' / 'words.txt'):\n    return path.read_text()\n"),
+            (
+                "a template is loaded",
+                "E.get_template('words.txt').render()",
+                "import jinja2\nE = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE / 'data'))\n",
+            ),
+        ]
+    ),
+    of_metric(
+        "a file without an ending", "return (HERE / 'words').read_text()", "a", "b", before=HERE, files={"words": "@@"}
+    ),
+    of_metric("a file in a folder that nothing names", "return True", "a", "b", NONE, before=HERE, files=IN_A_FOLDER),
+    of_metric(
+        "what a run directory in the task's folder has",
+        "return [p.read_text() for p in HERE.glob('*.txt')]",
+        "a",
+        "b",
+        NONE,
+        before=HERE,
+        files={"runs/one/sweep.json": "{}", "runs/one/log.txt": "@@"},
+    ),
+    *(
+        of_metric(
+            f"a module: {name}", f"return {body}", "1", "2", before=f"\nimport operator, sys\nimport a\n{before}", files=ONE
+        )
+        for name, body, before in [
+            ("handed on", "call(a)", "def call(module):\n    return module.f()\n"),
+            ("asked by a text", "operator.attrgetter('f')(a)()", ""),
+            ("among those that are loaded", "sys.modules['a'].f()", ""),
+        ]
+    ),
+    of_metric(
+        "a module of a package that is handed on",
+        "return call(t.a)",
+        "1",
+        "2",
+        before="\nimport t.a\n\ndef call(module):\n    return module.f()\n",
+        files={"t/__init__.py": "", "t/a.py": ONE["a.py"]},
+    ),
+    of_metric(
+        "what a module gives that it has not",
+        "return a.LIMIT",
+        "1",
+        "2",
+        before="\nimport a\n",
+        files={"a.py": "def __getattr__(name):\n    return @@\n"},
+    ),
+    of_metric(
+        "all that a package says that it has",
+        "import b\n    return b.g()",
+        "1",
+        "2",
+        files={
+            "b.py": "from tools import *\n\n\ndef g():\n    return a.f()\n",
+            "tools/__init__.py": "__all__ = ['a']\n",
+            "tools/a.py": ONE["a.py"],
+        },
+    ),
+]
+STATES = [
+    *(
+        of_metric(f"what is held: {name}", f"return {body}", "1", "2", before=f"\n{before}\n")
+        for name, body, before in [
+            ("a variable of the environment", "int(os.environ['A_LIMIT'])", "import os\nos.environ['A_LIMIT'] = '@@'"),
+            ("one that getenv reads", "os.getenv('A_LIMIT', '0')", "import os\nos.environ['A_LIMIT'] = '@@'"),
+            ("a patched function of Python", "string.capwords('a')", "import string\nstring.capwords = lambda text: @@"),
+            ("a patched class", "networkx.Graph().size()", "import networkx\nnetworkx.Graph.size = lambda self: @@"),
+            ("a generator", "next(G)", "G = (n for n in [@@, 3])"),
+            ("items of a dict", "list(G)", "G = {'a': @@}.items()"),
+            (
+                "a database",
+                "C.execute('select 1')",
+                "import sqlite3\nC = sqlite3.connect(':memory:')\nC.execute('select @@')",
+            ),
+            ("a format of bytes", "S.size", "import struct\nS = struct.Struct('@@i')"),
+            ("a match", "X.group()", "import re\nX = re.match('.', '@@')"),
+            ("a hash", "H.hexdigest()", "import hashlib\nH = hashlib.md5(b'@@')"),
+            ("a variable of a context", "V.get()", "import contextvars\nV = contextvars.ContextVar('v', default=@@)"),
+            (
+                "a class of new_class",
+                "C.n",
+                "import types\nC = types.new_class('C', (), {}, lambda names: names.update(n=@@))",
+            ),
+            (
+                "a class of make_dataclass",
+                "C().n",
+                "import dataclasses\nC = dataclasses.make_dataclass('C', [('n', int, @@)])",
+            ),
+            ("a mask of an array", "A.sum()", "import numpy as np\nA = np.ma.array([1, 2], mask=[@@ == 1, False])"),
+            ("attributes of a table", "T.attrs", "import pandas as pd\nT = pd.DataFrame({'a': [1]})\nT.attrs['x'] = @@"),
+        ]
+    ),
+    *(
+        of_metric(f"the random state of this process: {name}", "return f()", "", "", NONE, before=f"\n{before}\nf()\n")
+        for name, before in [
+            ("Python's", "from random import random as f"),
+            ("numpy's", "from numpy.random import rand as f"),
+        ]
+    ),
+    of_program(
+        "a type that a signature names in a text",
+        "Program()",
+        "its name",
+        "the name",
+        before="\nimport pydantic, typing\n"
+        + ITEM.replace("its name", "@@")
+        + MODULE.replace("return self", 'dspy.Predict("question -> answer: Item")\n        return self'),
+    ),
+    of_program(
+        "the docstring of a tool that is an object",
+        "Program()",
+        "Count.",
+        "Measure.",
+        before='\n\nclass Tool:\n    """@@"""\n\n    def __call__(self, name: str) -> int:\n        return 1\n'
+        + MODULE.replace("return self", 'dspy.ReAct("a -> b", tools=[Tool()])\n        return self'),
+    ),
+]
+
+PAIRS = [*MODULES, *FIELDS, *LMS, *SETTINGS, *OPTIMIZERS, *DATA, *METRICS, *FILES, *STATES]

@@ -7,23 +7,27 @@ imports while it runs are compiled from their files, and never run here.
 import dis
 import importlib
 import os
-import re
 import site
 import sys
 import sysconfig
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, version
 from inspect import CO_OPTIMIZED
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+from bt_ray.layout import SWEEP
 from bt_ray.task.fingerprint.graph import text_hash
 
 CONSTANTS = frozenset(dis.hasconst)
 EXTENDED, IMPORT, STORE_NAME = (dis.opmap[name] for name in ("EXTENDED_ARG", "IMPORT_NAME", "STORE_NAME"))
+CACHE, LOAD_ATTR, LOAD_METHOD = (dis.opmap.get(name, -1) for name in ("CACHE", "LOAD_ATTR", "LOAD_METHOD"))
+ATTRIBUTE_BITS = 1 if sys.version_info >= (3, 12) else 0
+"""Below the number of a name of an attribute that is loaded."""
 LOAD_GLOBAL = dis.opmap["LOAD_GLOBAL"]
 LOAD_NAMES = {dis.opmap[name] for name in ("LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS") if name in dis.opmap}
 NOT_SEEN_THROUGH = {
@@ -37,7 +41,8 @@ NOT_SEEN_THROUGH = {
     "spec_from_file_location",
 }
 """Names by which code runs other code that it does not mention."""
-FILE_NAME = re.compile(r"[\w./ -]{1,200}\.\w{1,10}")
+LONGEST_NAME = 200
+"""Of a file or a variable of the environment, in a text."""
 NO_SOURCES = {"__pycache__", "node_modules", "site-packages"}
 MOST_FILES = 5000
 
@@ -60,18 +65,20 @@ class Code:
         names: All names in it, of variables of its module and of attributes.
         variables: Those of its module, or of Python.
         imports: What it imports.
-        files: Constants that look like a file's name.
+        chains: Variables with the attributes that are taken of them, as `("a", "b")` in `f(a.b)`.
+        texts: Constants that may be the name of a file or of a variable of the environment.
     """
 
     digest: str
     names: frozenset[str]
     variables: frozenset[str]
     imports: tuple[Import, ...]
-    files: frozenset[str]
+    chains: frozenset[tuple[str, ...]]
+    texts: frozenset[str]
 
     @property
     def is_seen_through(self) -> bool:
-        return not self.variables & NOT_SEEN_THROUGH and "import_module" not in self.names
+        return not self.variables & NOT_SEEN_THROUGH and "import_module" not in self.names and "modules" not in self.names
 
 
 _read: dict[int, tuple[CodeType, Code]] = {}
@@ -90,6 +97,8 @@ def _read_code(code: CodeType) -> Code:
     numbers: dict[int, int] = {}
     imports: list[Import] = []
     variables: set[str] = set()
+    chains: set[tuple[str, ...]] = set()
+    chain: tuple[str, ...] = ()
     told: list[str] = []
     loaded: list[Any] = [None, None]
     argument = 0
@@ -99,6 +108,11 @@ def _read_code(code: CodeType) -> Code:
         if operation == EXTENDED:
             continue
         shown = argument
+        if operation in (LOAD_ATTR, LOAD_METHOD):
+            chain = (*chain, code.co_names[argument >> (ATTRIBUTE_BITS if operation == LOAD_ATTR else 0)]) if chain else ()
+        elif operation != CACHE:
+            chains.add(chain)
+            chain = ()
         if operation in CONSTANTS:
             loaded = [loaded[-1], code.co_consts[argument]]
             # Numbered as they are used: a docstring, which is not, leaves no trace.
@@ -107,14 +121,16 @@ def _read_code(code: CodeType) -> Code:
             level, names = loaded
             imports.append(Import(code.co_names[argument], level or 0, tuple(names or ())))
         elif operation == LOAD_GLOBAL:
-            variables.add(code.co_names[argument >> 1])
+            chain = (code.co_names[argument >> 1],)
+            variables.add(chain[0])
         elif operation in LOAD_NAMES:
-            variables.add(code.co_names[argument])
+            chain = (code.co_names[argument],)
+            variables.add(chain[0])
         told.append(f"{operation},{shown}")
         argument = 0
     constants = [code.co_consts[number] for number in numbers]
     inner = [read_code(item) for item in constants if isinstance(item, CodeType)]
-    files = [item for item in constants if isinstance(item, str) and FILE_NAME.fullmatch(item)]
+    texts = [item for item in _texts(constants) if item and len(item) <= LONGEST_NAME and "\n" not in item]
     digest = text_hash(
         ";".join(told),
         *map(_constant, constants),
@@ -127,8 +143,17 @@ def _read_code(code: CodeType) -> Code:
         frozenset(code.co_names).difference(stored).union(*(item.names for item in inner)),
         frozenset(variables).union(*(item.variables for item in inner)),
         (*imports, *(found for item in inner for found in item.imports)),
-        frozenset(files).union(*(item.files for item in inner)),
+        frozenset(chains - {()}).union(*(item.chains for item in inner)),
+        frozenset(texts).union(*(item.texts for item in inner)),
     )
+
+
+def _texts(constants: Iterable[Any]) -> Iterator[str]:
+    for item in constants:
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, tuple | frozenset):
+            yield from _texts(item)
 
 
 def _stores_line_number(code: CodeType, at: int) -> bool:
@@ -155,6 +180,13 @@ def read_source(path: str) -> Code | None:
         return read_code(compile(Path(path).read_bytes(), "<source>", "exec", dont_inherit=True))
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return None
+
+
+@cache
+def names_in(file: str) -> frozenset[str]:
+    """All names in a file of code."""
+    read = read_source(file)
+    return frozenset() if read is None else read.names
 
 
 @cache
@@ -195,6 +227,14 @@ def is_users_module(module: ModuleType) -> bool:
         return True
     folders = list(own_attribute(module, "__path__") or ())
     return bool(folders) and not is_installed(str(folders[0]))
+
+
+def is_users_function(member: Any) -> bool:
+    """Whether something is a function that a user wrote, and no code that Python made."""
+    if not isinstance(member, FunctionType):
+        return False
+    file = member.__code__.co_filename
+    return not file.startswith("<") and not is_installed(file)
 
 
 def distribution_version(name: str) -> str:
@@ -276,6 +316,8 @@ def _find(name: str, places: tuple[str, ...]) -> tuple[str, tuple[str, ...]] | N
 def forget_places() -> None:
     """Look for modules anew: the user may have written some since."""
     _find.cache_clear()
+    for found in (files_below, files_named, names_in):
+        found.cache_clear()
     importlib.invalidate_caches()
 
 
@@ -290,6 +332,8 @@ def _files_of(dotted: list[str], names: tuple[str, ...], places: list[str]) -> l
         places = list(found[1])
         if not places and number + 1 < len(dotted):
             return files
+    if "*" in names:  # with what the package says that it is all of it
+        files += [file for place in places for file in source_files(place) if os.path.dirname(file) == place]
     for name in names:
         if places and (found := _find(name, tuple(places))) is not None and found[0]:
             files.append(found[0])
@@ -306,10 +350,28 @@ def source_folder(file: str) -> str:
 
 def source_files(folder: str) -> list[str]:
     """All files of Python code below a folder."""
+    return [file for file in files_below(folder) if file.endswith(".py")]
+
+
+@cache
+def files_below(folder: str) -> tuple[str, ...]:
+    """All files below a folder, without run directories, which a sweep writes itself."""
     found: list[str] = []
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in NO_SOURCES)
-        found += [os.path.join(where, name) for name in sorted(names) if name.endswith(".py")]
+        if SWEEP in names:
+            folders.clear()
+            continue
+        found += [os.path.join(where, name) for name in sorted(names) if not name.startswith(".")]
         if len(found) > MOST_FILES:
             break
+    return tuple(found)
+
+
+@cache
+def files_named(folder: str) -> dict[str, list[str]]:
+    """The files below a folder, by their names."""
+    found: dict[str, list[str]] = {}
+    for file in files_below(folder):
+        found.setdefault(os.path.basename(file), []).append(file)
     return found

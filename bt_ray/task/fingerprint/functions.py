@@ -1,5 +1,6 @@
 """What a function is to a key: its code, what it holds, and what it mentions, in the user's modules and files."""
 
+import copyreg
 import hashlib
 import inspect
 import os
@@ -8,14 +9,18 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
-from types import CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, MethodWrapperType, ModuleType
 from typing import Any
 
 from bt_ray.task.fingerprint.code import (
     Code,
+    files_below,
+    files_named,
     find_imports,
     is_installed,
+    is_users_function,
     is_users_module,
+    names_in,
     own_attribute,
     package_version,
     read_code,
@@ -24,13 +29,13 @@ from bt_ray.task.fingerprint.code import (
     source_folder,
 )
 from bt_ray.task.fingerprint.graph import ByValue, Mode, Node, Ref
-from bt_ray.task.fingerprint.secrets import is_secret
+from bt_ray.task.fingerprint.secrets import is_of_a_client, is_secret
 
 OF_A_MODULE = {
     "__builtins__", "__cached__", "__file__", "__loader__", "__name__", "__package__", "__path__", "__spec__",
 }  # fmt: skip
 """Names that Python gives each module, which say where it lies."""
-READS_MODULES = {"__dict__", "getattr", "vars"}
+READS_MODULES = {"__dict__", "attrgetter", "getattr", "vars"}
 """Names by which code reads what it does not mention from the modules that it does."""
 READS_DOCUMENTATION = {
     "Avatar", "Flex", "RLM", "ReAct", "ReActV2", "Tool", "__doc__", "getdoc",
@@ -41,6 +46,20 @@ WRITES = {
     "write", "write_bytes", "write_text", "writelines", "writerow", "writerows",
 }  # fmt: skip
 """Names by which code writes files."""
+READS_ENVIRONMENT = {"environ", "getenv"}
+ENVIRONMENT = re.compile(r"[A-Za-z_]\w*")
+OF_A_MACHINE = re.compile(r"(^|_)(CUDA|DIR|HOME|HOST|HOSTNAME|PATH|PID|PORT|PWD|RAY|TMPDIR|URI|URL|USER)(_|$)")
+"""Variables of the environment that are others on other machines, or in other processes."""
+NOT_OPAQUE = (str, bytes, int, float, list, tuple, dict, set, frozenset, type, ModuleType, FunctionType, BuiltinFunctionType,
+              MethodType, CodeType, type(None), MethodWrapperType)  # fmt: skip
+READS = {
+    "FileSystemLoader", "glob", "iterdir", "listdir", "load", "open", "read_bytes", "read_csv", "read_json", "read_jsonl",
+    "read_parquet", "read_text", "rglob", "scandir", "walk",
+}  # fmt: skip
+"""Names by which code reads files."""
+END_OF_NAME = re.compile(r"[*/]*\.\w{1,10}")
+MOST_NAMES = 1000
+"""In a list or a dict of names of files."""
 READS_SOURCE = {"CodeAct", "Refine", "getsource", "getsourcelines"}
 """Names by which code brings functions' source into prompts."""
 
@@ -100,7 +119,9 @@ def expand_function(function: FunctionType, mode: Mode) -> Node:
         attributes,
         read_text_annotation(texts, function.__globals__),
         *held,
-        *find_named_files((value for value, _ in _cells(function)), code.co_filename),
+        *find_named_files(
+            [value for value, _ in _cells(function)] + [function.__defaults__, function.__kwdefaults__], code.co_filename
+        ),
         *mentioned,
     ]
     return Node(
@@ -142,8 +163,17 @@ def mentions(read: Code, variables: Mapping[str, Any], file: str) -> tuple[list[
         values[name] = Ref(value)
         if not callable(value) and not isinstance(value, ModuleType):
             named[f"value {name} in {shown}"] = Ref(value)
+    for chain in read.chains:
+        if (module := _module_at(chain, variables)) is not None:
+            values[".".join(chain)] = Ref(module)
     children.append(pairs(values))
-    children += find_named_files([*read.files, *(ref.value for ref in values.values())], file)
+    if variables.get("__name__") != "__main__":  # with a function that is sent, what only its texts mention does not travel
+        children.append(read_text_annotation(" ".join(text for text in read.texts if "->" in text), variables))
+    if folder and any(_is_opaque(ref.value) for ref in values.values()):
+        children.append(Ref(SourceFile(file)))
+    if read.names & READS_ENVIRONMENT:
+        children.append(pairs({name: Ref(os.environ.get(name)) for name in read.texts if _is_setting(name)}))
+    children += find_named_files([*read.texts, *(ref.value for ref in values.values())], file)
     found = find_imports(read.imports, folder)
     children += [Ref(SourceFile(path)) for path in found.files]
     children += [Ref(Package(name)) for name in found.packages]
@@ -168,14 +198,54 @@ def _values(
         if not isinstance(value, ModuleType) or not is_users_module(value):
             if not is_secret(name, value):
                 yield name, value
+            if isinstance(value, ModuleType):
+                yield from ((f"{name}.{inner}", item) for inner, item in _patches(names, value))
             continue
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if names & READS_MODULES:
+        if names & READS_MODULES or "__getattr__" in vars(value):
             yield name, value
         for inner, item in _values(names, names, vars(value), seen):
             yield f"{name}.{inner}", item
+
+
+def _module_at(chain: tuple[str, ...], variables: Mapping[str, Any]) -> ModuleType | None:
+    """The module of the user's that code hands on as a value, as `f(a.b)` does: what is taken of it then, is not seen."""
+    found = variables.get(chain[0])
+    for name in chain[1:]:
+        found = own_attribute(found, name) if isinstance(found, ModuleType) and is_users_module(found) else None
+    return found if isinstance(found, ModuleType) and is_users_module(found) else None
+
+
+def _patches(names: frozenset[str], module: ModuleType) -> Iterator[tuple[str, Any]]:
+    """What a user put into an installed module, or into a class there, so far as code names it."""
+    for name in sorted(names & vars(module).keys()):
+        item = vars(module)[name]
+        members = vars(item).values() if isinstance(item, type) else (item,)
+        if any(map(is_users_function, members)):
+            yield name, item
+
+
+def _is_opaque(value: Any) -> bool:
+    """Whether no state says what an object holds, as of a connection or an open file; locks hold nothing."""
+    kind: Any = type(value)
+    if isinstance(value, NOT_OPAQUE) or kind.__module__ == "_thread":
+        return False
+    if kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__:
+        return False
+    if kind in copyreg.dispatch_table:
+        return False
+    try:
+        value.__reduce_ex__(4)
+    except Exception:
+        return True
+    return False
+
+
+def _is_setting(name: str) -> bool:
+    """Whether a text may be the name of a variable of the environment that tells what to do, not where things are."""
+    return ENVIRONMENT.fullmatch(name) is not None and not is_of_a_client(name) and not OF_A_MACHINE.search(name)
 
 
 def read_text_annotation(text: str, variables: Mapping[str, Any]) -> Node:
@@ -205,7 +275,7 @@ def expand_source_file(source: SourceFile) -> Node:
     found = find_imports(read.imports, folder)
     children: list[Any] = [Ref(SourceFile(path)) for path in found.files]
     children += [Ref(Package(package)) for package in found.packages]
-    children += find_named_files(read.files, source.path)
+    children += find_named_files(read.texts, source.path)
     if not read.is_seen_through:
         children.append(Ref(SourceFolder(source_folder(source.path))))
     return Node(
@@ -246,29 +316,40 @@ def file_digest(path: str) -> str:
 def find_named_files(names: Iterable[Any], code: str) -> list[Ref]:
     """The files that texts and paths among these name, where code of the file `code` names them.
 
-    Code that writes files may write these: then they are not what it depends on.
+    Code that writes files may write these: then they are not what it depends on. Where code reads files, a folder that it
+    names counts with all that is in it, and the end of a name, as in `f"{name}.txt"`, with all files that end so.
     """
-    found = {
-        path: Ref(SourceFile(path))
-        for name in names
-        if isinstance(name, str | PurePath) and (path := _find_named_file(str(name), os.path.dirname(code))) is not None
-    }
-    return [] if not found or _writes(code) else list(found.values())
+    texts = {str(name) for name in _texts_among(names, 0) if 0 < len(str(name)) < 256}
+    texts = {text for text in texts if "\n" not in text and "\0" not in text}
+    if not texts:
+        return []
+    mentioned = names_in(code)
+    reads, folder = bool(mentioned & READS), os.path.dirname(code)
+    paths = {path: None for text in sorted(texts) for path in _find_named(text, folder, reads=reads)}
+    return [] if not paths or mentioned & WRITES else [Ref(SourceFile(path)) for path in paths]
 
 
-def _writes(code: str) -> bool:
-    read = read_source(code)
-    return read is not None and bool(read.names & WRITES)
+def _texts_among(values: Iterable[Any], level: int) -> Iterator[str | PurePath]:
+    for value in values:
+        if isinstance(value, str | PurePath):
+            yield value
+        elif level < 2 and type(value) in (dict, list, tuple, set, frozenset) and len(value) <= MOST_NAMES:
+            yield from _texts_among(value.values() if isinstance(value, dict) else value, level + 1)
 
 
-def _find_named_file(name: str, folder: str) -> str | None:
-    """The file of that name, relative to a folder or to the working directory."""
-    if len(name) > 255 or "\n" in name or "\0" in name or "." not in name:
-        return None
-    for path in (os.path.join(folder, name), name):
-        if os.path.isfile(path) and not is_installed(os.path.abspath(path)):
-            return os.path.abspath(path)
-    return None
+def _find_named(name: str, folder: str, *, reads: bool) -> Iterable[str]:
+    """The files of that name, relative to a folder, below it, or relative to the working directory."""
+    for path in (os.path.abspath(os.path.join(folder, name)), os.path.abspath(name)):
+        if ("." in name or reads) and os.path.isfile(path):
+            return [] if is_installed(path) else [path]
+    if not folder or not name.strip("*/. "):
+        return ()
+    named = os.path.abspath(os.path.join(folder, name))
+    if reads and os.path.isdir(named) and not f"{folder}/".startswith(f"{named}/"):
+        return files_below(named)
+    if reads and END_OF_NAME.fullmatch(name):
+        return [file for file in files_below(folder) if file.endswith(name.lstrip("*/"))]
+    return [file for file in files_named(folder).get(os.path.basename(name), ()) if file.endswith(f"/{name}")]
 
 
 def _file_name(file: str, module: ModuleType | None) -> str:

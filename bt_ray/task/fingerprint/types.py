@@ -12,8 +12,8 @@ import dspy
 import pydantic
 from pydantic.fields import FieldInfo
 
-from bt_ray.task.fingerprint.code import is_installed, is_users_module, own_attribute
-from bt_ray.task.fingerprint.functions import package_of, pairs, read_text_annotation
+from bt_ray.task.fingerprint.code import is_installed, is_users_function, is_users_module, own_attribute
+from bt_ray.task.fingerprint.functions import find_named_files, package_of, pairs, read_text_annotation
 from bt_ray.task.fingerprint.graph import Mode, Node, Ref
 
 LIBRARIES = ("bt_ray", "dspy", "gepa")
@@ -24,6 +24,8 @@ NOT_OF_A_CLASS = {
     "_value2member_map_",
 }  # fmt: skip
 OF_PYTHON = (types.GetSetDescriptorType, types.MemberDescriptorType, types.WrapperDescriptorType)
+MADE_AT_RUN_TIME = 1 << 9
+"""The flag of classes that no C code declares."""
 NOT_OF_A_FIELD = {"annotation", "evaluated", "json_schema_extra"}
 DECORATORS = (
     "validators", "field_validators", "root_validators", "field_serializers", "model_serializers", "model_validators",
@@ -43,6 +45,8 @@ def is_installed_class(kind: type) -> bool:
     if module is None or is_users_module(module):
         file = own_attribute(module, "__file__")
         return isinstance(file, str) and is_installed(file)
+    if kind.__module__ == "types" and getattr(types, kind.__qualname__, None) is not kind:  # made by `types.new_class`
+        return not kind.__flags__ & MADE_AT_RUN_TIME
     found: Any = module
     for part in kind.__qualname__.split("."):
         found = getattr(found, "__dict__", {}).get(part)
@@ -52,15 +56,7 @@ def is_installed_class(kind: type) -> bool:
 
 
 def _is_made_on_demand(kind: type) -> bool:
-    return issubclass(kind, pydantic.BaseModel | enum.Enum) or any(map(_is_users, vars(kind).values()))
-
-
-def _is_users(member: Any) -> bool:
-    """Whether a member of a class is a function that a user wrote, and no code that Python made."""
-    if not isinstance(member, types.FunctionType):
-        return False
-    file = member.__code__.co_filename
-    return not file.startswith("<") and not is_installed(file)
+    return issubclass(kind, pydantic.BaseModel | enum.Enum) or any(map(is_users_function, vars(kind).values()))
 
 
 def expand_class(kind: type, mode: Mode) -> Node:
@@ -82,8 +78,14 @@ def expand_class(kind: type, mode: Mode) -> Node:
     if issubclass(kind, pydantic.BaseModel):
         children += _model(kind)
     file = own_attribute(sys.modules.get(kind.__module__), "__file__") or kind.__module__
+    children += find_named_files((ref.value for ref in members.values()), file)
     shown = file.rpartition("/")[2]
-    return Node(f"class {kind.__qualname__} {documentation}", children, name=f"class {kind.__qualname__} in {shown}")
+    return Node(
+        f"class {kind.__qualname__} {documentation}",
+        children,
+        name=f"class {kind.__qualname__} in {shown}",
+        documentation=(kind.__doc__ or "") if "__call__" in vars(kind) else "",  # its objects may be tools
+    )
 
 
 def _counts(name: str, member: Any) -> bool:
@@ -97,11 +99,10 @@ def _without(values: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, A
 
 def _patches(kind: type) -> Iterator[Any]:
     """Functions of the user's that were put into a class of a library."""
-    if of_a_library(kind):
-        for base in kind.__mro__:
-            for name, member in vars(base).items():
-                if _is_users(member):
-                    yield Node(name, [Ref(member)])
+    for base in kind.__mro__:
+        for name, member in vars(base).items():
+            if is_users_function(member):
+                yield Node(name, [Ref(member)])
 
 
 def _annotations(kind: type, mode: Mode) -> Node:

@@ -30,6 +30,8 @@ OWN_KEY = "__bt_ray_key__"
 """Of an object that says what it is to a key: a value, or a method that returns one."""
 OF_A_RUN = {"history", "_compiled", "traces", "train", "stage"}
 """Attributes of DSPy modules that say what happened to them, not what they do."""
+OF_ITS_SPEED = {"num_threads"}
+"""Attributes of DSPy's own objects that change no result."""
 OF_AN_LMS_RUN = {"history", "_engine_lock", "_engine_store", "_warned_zero_temp_rollout"}
 BUILT_IN: tuple[Any, ...] = (str, bytes, int, float, list, tuple, set, frozenset, dict)
 SIMPLE = (str, bool, int, float, type(None), dict)
@@ -155,6 +157,8 @@ def _object(value: Any, mode: Mode) -> Node:
     values = _attributes(value)
     if isinstance(value, dspy.Module):
         values = {name: item for name, item in values.items() if name not in OF_A_RUN}
+    if kinds.of_a_library(kind):
+        values = {name: item for name, item in values.items() if name not in OF_ITS_SPEED}
     children: list[Any] = [Ref(kind), _read_attributes(values, installed=installed)]
     for base in BUILT_IN:
         if isinstance(value, base):
@@ -204,6 +208,8 @@ def _read_reduced_state(value: Any) -> Node:
     kind = type(value)
     if isinstance(value, WEAK):
         return Node("weak", [Ref(kind)])
+    if value is getattr(sys.modules.get("numpy.random.mtrand"), "_rand", None):
+        return Node("random generator of numpy")
     try:
         reduce = copyreg.dispatch_table.get(kind)
         state = reduce(value) if reduce else value.__reduce_ex__(4)
@@ -226,21 +232,50 @@ def _array(value: Any) -> Node:
     import numpy as np
 
     kind = type(value)
-    if not isinstance(value, np.ndarray):
-        if hasattr(value, "columns") and hasattr(value, "iloc"):
-            columns = [Node("column", [Ref(name), Ref(value.iloc[:, n])]) for n, name in enumerate(value.columns)]
-            return Node("table", [Ref(kind), Ref(value.index), Ref(list(value.columns.names)), *columns])
-        if hasattr(value, "iloc"):
-            return Node(f"column {value.dtype}", [Ref(kind), Ref(value.name), Ref(value.index), Ref(np.asarray(value))])
-        if hasattr(value, "names") and hasattr(value, "get_indexer"):
-            return Node(f"index {value.dtype}", [Ref(kind), Ref(list(value.names)), Ref(np.asarray(value))])
-        if not isinstance(value, np.generic):
-            return Node(f"array {getattr(value, 'dtype', '')}", [Ref(kind), Ref(np.asarray(value))])
+    if hasattr(value, "iloc") or hasattr(value, "get_indexer"):
+        return _labelled_array(value)
+    if hasattr(value, "detach"):
+        return _tensor(value)
+    if not isinstance(value, np.ndarray | np.generic):
+        shown = f"array {getattr(value, 'dtype', '')}"
+        return Node(shown, [Ref(kind), Ref(np.asarray(value)), _read_reduced_state(value)])
+    if own := getattr(value, "__dict__", None):
+        return Node("array of a kind", [Ref(kind), Ref(np.array(value)), _read_attributes(own, installed=True)])
     array = np.asarray(value)
     if array.dtype.hasobject:
         return Node(f"array {array.shape}", [Ref(array.tolist())])
     data = np.ascontiguousarray(array).tobytes().hex() if array.nbytes < 4096 else _bytes_hash(np.ascontiguousarray(array))
     return Node(f"array {kind.__name__} {array.dtype.descr} {array.shape} {data}")
+
+
+def _labelled_array(value: Any) -> Node:
+    """Tables of pandas, their columns and their indexes."""
+    import numpy as np
+
+    kind = type(value)
+    if hasattr(value, "columns"):
+        columns = [Node("column", [Ref(name), Ref(value.iloc[:, n])]) for n, name in enumerate(value.columns)]
+        return Node("table", [Ref(kind), Ref(value.index), Ref(list(value.columns.names)), Ref(value.attrs), *columns])
+    if hasattr(value, "iloc"):
+        children = [Ref(kind), Ref(value.name), Ref(value.index), Ref(value.attrs), Ref(np.asarray(value))]
+        return Node(f"column {value.dtype}", children)
+    return Node(f"index {value.dtype}", [Ref(kind), Ref(list(value.names)), Ref(np.asarray(value))])
+
+
+def _tensor(value: Any) -> Node:
+    """A tensor of torch by its bytes: numpy does not know all types of its numbers."""
+    import torch
+
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    shown = f"tensor {value.dtype} {tuple(value.shape)} {value.requires_grad}"
+    return Node(shown, [Ref(type(value)), Ref(flat.view(torch.uint8).numpy())])
+
+
+def _random(value: random.Random, mode: Mode) -> Node:
+    """A generator by its state; that of Python's own functions is another in each process."""
+    if value is getattr(random, "_inst", None):
+        return Node("random generator of Python")
+    return Node("random", [Ref(type(value)), text_hash(repr(value.getstate()))])
 
 
 def _bytes_hash(array: Any) -> str:
@@ -312,7 +347,7 @@ READERS: dict[Any, Any] = {
     type: kinds.expand_class,
     types.ModuleType: lambda value, mode: functions.expand_module(value),
     types.CodeType: lambda value, mode: functions.expand_code(value),
-    random.Random: lambda value, mode: Node("random", [Ref(type(value)), text_hash(repr(value.getstate()))]),
+    random.Random: _random,
     property: lambda value, mode: Node("property", [Ref(value.fget), Ref(value.fset), Ref(value.fdel)]),
     staticmethod | classmethod: lambda value, mode: Node(type(value).__name__, [Ref(value.__func__)]),
     functools.partial: lambda value, mode: Node(
@@ -322,8 +357,10 @@ READERS: dict[Any, Any] = {
     functools.cached_property: lambda value, mode: Node("cached property", [Ref(value.func)]),
     weakref.ref: lambda value, mode: Node("weak", [Ref(value())]),
     types.GeneratorType: lambda value, mode: Node("generator", [Ref(value.gi_code)]),
+    types.AsyncGeneratorType: lambda value, mode: Node("generator", [Ref(value.ag_code)]),
+    types.CoroutineType: lambda value, mode: Node("coroutine", [Ref(value.cr_code)]),
     bytearray | memoryview: lambda value, mode: Node("bytes", [Ref(bytes(value))]),
-    type({}.keys()) | type({}.values()): lambda value, mode: Node("view", [Ref(list(value))]),
+    type({}.keys()) | type({}.values()) | type({}.items()): lambda value, mode: Node("view", [Ref(list(value))]),
     collections.OrderedDict: _read_mapping,
     pydantic.BaseModel: _model_instance,
     type(os.environ): lambda value, mode: Node("environment"),

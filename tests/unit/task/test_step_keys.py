@@ -200,6 +200,17 @@ def test_nothing_raises(value: Any) -> None:
     assert digest(value) == digest(value)
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_a_tensor_is_its_numbers(kind: str) -> None:
+    torch = pytest.importorskip("torch")
+
+    def parameter(number: float) -> Any:
+        return torch.nn.Parameter(torch.full((2, 2), number, dtype=getattr(torch, kind)))
+
+    assert digest(parameter(1.0)) == digest(parameter(1.0))
+    assert digest(parameter(1.0)) != digest(parameter(2.0))
+
+
 def test_own_keys_that_raise_are_no_keys() -> None:
     class Raises(Holder):
         def __bt_ray_key__(self) -> str:

@@ -217,6 +217,8 @@ CHANGES: list[tuple[Callable[[Program], Any], str]] = [
     (lambda p: Other(), "its class (Other, the task's program is a Program)"),
     (lambda p: setattr(p, "second", dspy.Predict("a -> b")), "predictor second (which was added)"),
     (lambda p: delattr(p, "steps"), "that predictor steps[0].predict is gone, or frozen"),
+    (lambda p: setattr(p.first, "demos", None), "the demos of predictor first (NoneType)"),
+    (lambda p: setattr(p.first, "demos", [{"question": "q"}, ["a"]]), "demo 2 of predictor first (list)"),
     (lambda p: p.first.config.update(stop=Colour.RED), "config['stop'] of predictor first"),
     (lambda p: p.first.config.update(api_key="k"), "config['api_key'] of predictor first"),
     (

@@ -91,7 +91,7 @@ import known
 from dspy.teleprompt import SIMBA
 from ray import cloudpickle
 
-from bt_ray.config import make_config
+from bt_ray.settings.config import make_config
 from bt_ray.task.fingerprint import find_places
 from bt_ray.driver.check import check_sweep
 
@@ -108,6 +108,10 @@ class Notes:
         self.seen: list[Item] = []
 
 
+class Unsent:
+    pass
+
+
 class Program(known.Known):
     notes: Notes
 
@@ -117,6 +121,7 @@ class Program(known.Known):
 
     def forward(self, question: str) -> dspy.Prediction:
         self.notes.seen.append(question)
+        self.shown = "question -> item: Unsent"
         return super().forward(question)
 
 
@@ -143,7 +148,7 @@ import sys
 
 from ray import cloudpickle
 
-from bt_ray.task import load_task
+from bt_ray.task.task import load_task
 from bt_ray.trial.task_check import refuse_other_task
 
 with open(sys.argv[1], "rb") as file:
