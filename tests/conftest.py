@@ -45,7 +45,7 @@ from bt_ray.run_dir.storage import Directory, Storage, open_storage  # noqa: E40
 from bt_ray.settings.config import make_config  # noqa: E402
 from bt_ray.trial.lm import ServedLM  # noqa: E402
 
-for of_the_pages in ("org/model", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-32B"):
+for of_the_pages in ("org/model", "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-32B"):
     write_ref(of_the_pages)
 # No law here is about time, and a machine that does other things besides is slow.
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field, replace
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -276,6 +277,13 @@ def _import_module(name: str) -> ModuleType:
         raise TaskError(f"Module {name} cannot be imported: {type(error).__name__}: {error}") from error
 
 
+class _UncachedLoader(SourceFileLoader):
+    """Compiles a file each time: Python's cache misses an edit of equal length within a second of the last one."""
+
+    def path_stats(self, path: Any) -> Mapping[str, Any]:
+        raise OSError(f"{path} is not cached")
+
+
 def _import_file(path: Path) -> ModuleType:
     """Import a file under a name derived from its path, once, with its folder on `sys.path`."""
     path = path.resolve()
@@ -286,7 +294,7 @@ def _import_file(path: Path) -> ModuleType:
         return sys.modules[name]
     if (folder := str(path.parent)) not in sys.path:
         sys.path.insert(0, folder)
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=_UncachedLoader(name, str(path)))
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
