@@ -23,7 +23,7 @@ LAYERS: dict[str, set[str]] = {
     "step": set(),
     "settings": {"errors", "location", "strategy", "weights"},
     "run_dir": {"errors", "location", "layout", "strategy", "weights", "events", "step", "settings"},
-    "task": {"errors", "strategy", "weights", "step", "settings"},
+    "task": {"errors", "layout", "strategy", "weights", "step", "settings"},
     "slot": {"errors", "layout", "weights", "models", "settings", "run_dir"},
     "pool": {"errors", "weights", "events", "models", "settings", "run_dir", "slot"},
     "report": {"errors", "layout", "strategy", "weights", "events", "step", "run_dir"},

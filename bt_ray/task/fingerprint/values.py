@@ -264,7 +264,7 @@ def _labelled_array(value: Any) -> Node:
 
 def _tensor(value: Any) -> Node:
     """A tensor of torch by its bytes: numpy does not know all types of its numbers."""
-    import torch
+    torch = sys.modules["torch"]  # whoever has a tensor has imported it
 
     flat = value.detach().cpu().contiguous().reshape(-1)
     shown = f"tensor {value.dtype} {tuple(value.shape)} {value.requires_grad}"
