@@ -172,7 +172,7 @@ class Verdict:
         if against.difference < 0 and against.p_value <= 1 - LEVEL:
             return f"The runner-up, {name}, is better than the winner on examples that chose neither: {wins}."
         told = f"The winner cannot be told from the runner-up, {name}: {wins} (p = {against.p_value:.2g})."
-        worse = [candidate for candidate, compare in self.others if compare.is_sure]
+        worse = [candidate for candidate, compared in self.others if compared.is_sure]
         if not worse:
             return told
         return f"{told} It is better than {len(worse)} of the {len(self.others)} others."

@@ -185,14 +185,13 @@ class SpreadEvaluator:
         threads = shares(limits.num_threads or self._setup.config.num_threads, len(parts))
         bounds = [replace(limits, num_threads=share) for share in threads]
         saved = SavedProgram.of(program, self._program, self._hosted.weights)
-        own = saved.rebuilt(self._program, self._models)  # what is not in the state would be evaluated here alone
         try:
             self._check()
             asked = [
                 other.scores.remote(saved, part, bound, self._hosted.urgency)
                 for other, part, bound in zip(self._others, parts[1:], bounds[1:], strict=False)
             ]
-            found = [self._own.scores(own, parts[0], bounds[0])]
+            found = [self._own.scores(program, parts[0], bounds[0])]
             for promise in asked:
                 scores, usage = _answer(promise)
                 self._models.engine.add(usage)
@@ -248,7 +247,7 @@ def split_examples(examples: Sequence[T], parts: int) -> list[Sequence[T]]:
 
 
 def gather(parts: Sequence[Sequence[T]]) -> tuple[T, ...]:
-    """What was found for the examples of each part of `spread`, in the order of the examples."""
+    """What was found for the examples of each part of `split_examples`, in the order of the examples."""
     return tuple(parts[n % len(parts)][n // len(parts)] for n in range(sum(map(len, parts))))
 
 
