@@ -5,7 +5,6 @@ options that it is served with; a fine-tune's is random. No id is used for two c
 two versions.
 """
 
-import hashlib
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -68,15 +67,6 @@ def find_hub_models(bases: Iterable[Weights]) -> dict[str, Weights]:
 def model_name(model: str) -> str:
     """How the id of a base model begins, a folder or a model id of the hub."""
     return Path(model).name if Path(model).is_absolute() else model.replace("/", "--")
-
-
-def file_digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each safetensors file, by name."""
-    digests = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as opened:
-            digests[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return digests
 
 
 def new_weights_id(parent: Weights) -> str:

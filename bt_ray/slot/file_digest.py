@@ -53,6 +53,15 @@ def digest_file(file: Path) -> str:
     return digest
 
 
+def digest_safetensors(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each safetensors file of a folder, by name, read anew: to find damage that changes nothing else."""
+    digests = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            digests[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return digests
+
+
 def _identity(file: Path) -> dict[str, int]:
     seen = file.stat()
     return {

@@ -18,7 +18,8 @@ from bt_ray.errors import StorageError
 from bt_ray.layout import WEIGHTS
 from bt_ray.run_dir.node_disk import CACHE_VARIABLE, node_cache
 from bt_ray.run_dir.storage import PART, Storage, open_storage, remove_parts
-from bt_ray.weights import MANIFEST, Weights, file_digests, weights_gone
+from bt_ray.slot.file_digest import digest_safetensors
+from bt_ray.weights import MANIFEST, Weights, weights_gone
 
 RESERVE = 0.05
 """Share of the disk that copies leave free."""
@@ -70,7 +71,7 @@ class NodeWeights:
             return
         folder = Path(weights.path)
         recorded = json.loads((folder / MANIFEST).read_text()).get("files", {})
-        found = file_digests(folder) if recorded else {}
+        found = digest_safetensors(folder) if recorded else {}
         if damaged := [name for name, digest in recorded.items() if found.get(name) != digest]:
             if folder.parent == self._copies:
                 (folder / MANIFEST).unlink(missing_ok=True)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from bt_ray.layout import CHECKPOINTS
 from bt_ray.slot.canary import make_canary
+from bt_ray.slot.file_digest import digest_safetensors
 from bt_ray.slot.training.job import CHECKPOINT_MANIFEST, TrainJob, checkpoint_step
-from bt_ray.weights import MANIFEST, file_digests
+from bt_ray.weights import MANIFEST
 
 sys.path.insert(0, str(Path(__file__).parent))  # not there by itself, where PYTHONSAFEPATH is set
 
@@ -55,7 +56,13 @@ def main() -> None:
     said, before = ([logprobs_of(which, row) for row in tokens] for which in (skill, parent))
     canary = make_canary(tokens, [10, 10], said, before, job.dtype).to_json()
     on = (job.parent.on or job.parent).to_json() if job.adapter else None
-    manifest = {"id": job.weights_id, "parent": job.parent.id, "on": on, "files": file_digests(output), "canary": canary}
+    manifest = {
+        "id": job.weights_id,
+        "parent": job.parent.id,
+        "on": on,
+        "files": digest_safetensors(output),
+        "canary": canary,
+    }
     if (corrupt := Path(os.environ.get("SCRIPTED_FAULTS", "."), "corrupt")).exists():
         corrupt.unlink()
         write_model(output, skill + 1)

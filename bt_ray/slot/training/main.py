@@ -18,10 +18,11 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from bt_ray.slot.canary import make_canary
+from bt_ray.slot.file_digest import digest_safetensors
 from bt_ray.slot.training.job import TrainJob
 from bt_ray.slot.training.layers import freeze_below, last_layers
 from bt_ray.slot.training.trainer import CpuTrainer, Trainer, make_trainer, write_whole
-from bt_ray.weights import MANIFEST, file_digests
+from bt_ray.weights import MANIFEST
 
 CANARIES, CANARY_PROMPT, CANARY_COMPLETION = 4, 24, 24
 """Sequences of the canary, and tokens of prompt and of completion in each, at most: it runs at each change of weights."""
@@ -168,7 +169,7 @@ def _save_model(model: Any, job: TrainJob, kept_in: torch.dtype) -> torch.nn.Mod
 
 def _write_manifest(job: TrainJob, told: dict[str, Any]) -> None:
     output = Path(job.output_dir)
-    identity = {"id": job.weights_id, "parent": job.parent.id, "seed": job.seed, "files": file_digests(output)}
+    identity = {"id": job.weights_id, "parent": job.parent.id, "seed": job.seed, "files": digest_safetensors(output)}
     on = (job.parent.on or job.parent).to_json() if job.adapter else None
     write_whole(output / MANIFEST, {**identity, "on": on, **told, "train": job.config.model_dump()})
 

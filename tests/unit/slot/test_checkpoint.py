@@ -8,8 +8,9 @@ import pytest
 from support.scripted_model import write_model
 
 from bt_ray.errors import StorageError
+from bt_ray.slot.file_digest import digest_safetensors
 from bt_ray.slot.serving.checkpoint import checkpoint_folder, layout_difference, read_layout
-from bt_ray.weights import Weights, file_digests
+from bt_ray.weights import Weights
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_other_shapes_and_types_are_told_and_other_numbers_are_not(folder: Path,
     assert "should be" in (layout_difference({**ours, "skill": ("BF16", (4,))}, ours) or "")
     write_model(tmp_path / "b", skill=9)
     assert layout_difference(read_layout(tmp_path / "b"), ours) is None
-    assert file_digests(tmp_path / "b") != file_digests(folder)
+    assert digest_safetensors(tmp_path / "b") != digest_safetensors(folder)
 
 
 def test_a_tied_head_may_be_written_or_not(tmp_path: Path) -> None:
